@@ -1,0 +1,1 @@
+"""The protocol, and the engines behind it."""

@@ -1,0 +1,1 @@
+"""The whole network in plain PyTorch; `config` alone imports no torch."""

@@ -1,0 +1,95 @@
+"""The values that travel between stages and out to the user: frozen, plain, serialisable."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+SAMPLE_RATE = 16_000
+"""Samples a second of everything between decoding and the mel frames."""
+
+FinishReason = Literal["stop", "length"]
+"""Why decoding ended: the model said so, or the token budget ran out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Word:
+    """One word; `start` and `end` in seconds from the beginning of the audio."""
+
+    text: str
+    start: float
+    end: float
+    probability: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """A machine-readable warning about a result; `start` and `end` in seconds where it concerns a part."""
+
+    code: str
+    message: str
+    start: float | None = None
+    end: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """One piece of the audio and its text. `"".join(s.text for s in segments) == transcript.text`.
+
+    `text` carries the separator that joins it to the piece before, so it may begin with a space.
+    `avg_logprob` is the mean natural-log probability of the piece's tokens.
+    """
+
+    id: int
+    start: float
+    end: float
+    text: str
+    language: str = ""
+    avg_logprob: float | None = None
+    finish_reason: FinishReason = "stop"
+    words: tuple[Word, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Seconds spent, by stage, and what was produced."""
+
+    audio: float = 0.0
+    decode: float = 0.0
+    prefill: float = 0.0
+    generate: float = 0.0
+    total: float = 0.0
+    tokens: int = 0
+
+    @property
+    def real_time_factor(self) -> float:
+        """Wall seconds for each second of audio; smaller is faster."""
+        return self.total / self.audio if self.audio else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Transcript:
+    """What was said. `language` is the English name of the commonest segment language, "" if no speech."""
+
+    text: str
+    language: str
+    duration: float
+    segments: tuple[Segment, ...] = ()
+    finish_reason: FinishReason = "stop"
+    warnings: tuple[Notice, ...] = ()
+    timings: Timings = field(default_factory=Timings)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts and lists, ready for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class TranscribeOptions:
+    """How to transcribe. `language` None detects it; `max_new_tokens` None derives it from the clip's length."""
+
+    language: str | None = None
+    context: str = ""
+    max_new_tokens: int | None = None
+    piece_seconds: float = 30.0
+    batch_size: int = 8
