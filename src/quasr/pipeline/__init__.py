@@ -1,0 +1,1 @@
+"""From audio to transcripts: long files, batches, timings and warnings around an engine."""

@@ -1,0 +1,220 @@
+"""The steps between audio and transcript, for any number of inputs: read, decode in batches, parse, join.
+
+Pieces of several inputs share a batch. Inputs are read one after the other and a batch at a time, so memory
+does not grow with their length, and they finish in the order they came in.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from itertools import chain, islice
+from typing import TYPE_CHECKING
+
+from quasr.audio.chunk import SEARCH_SECONDS, pieces
+from quasr.audio.decode import stream
+from quasr.audio.mel import log_mel
+from quasr.engine.base import ClipRequest, token_budget
+from quasr.errors import AudioError
+from quasr.text.languages import separator
+from quasr.text.parse import parse_output
+from quasr.types import SAMPLE_RATE, Notice, Segment, Timings, Transcript
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from quasr.audio.chunk import Piece
+    from quasr.audio.fetch import FetchLimits
+    from quasr.audio.source import AudioInput
+    from quasr.engine.base import ClipResult, Engine
+    from quasr.text.prompt import Prompt
+    from quasr.text.tokenizer import Tokenizer
+    from quasr.types import TranscribeOptions
+
+Progress = Callable[[float], None]
+"""Called after every batch with the seconds of audio done so far, over all inputs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What all inputs of one call share. `language` is the forced language's name, or None."""
+
+    tokenizer: Tokenizer
+    prompt: Prompt
+    language: str | None
+    mel_bins: int
+    options: TranscribeOptions
+    limits: FetchLimits
+
+
+@dataclass(slots=True)
+class Job:
+    """One input on its way: the segments so far, what it cost, and whether it failed."""
+
+    source: AudioInput
+    segments: list[Segment] = field(default_factory=list)
+    notices: list[Notice] = field(default_factory=list)
+    timings: Timings = field(default_factory=Timings)
+    waiting: int = 0
+    read: bool = False
+    error: AudioError | None = None
+
+    @property
+    def done(self) -> bool:
+        """Read to the end, and every piece of it decoded."""
+        return self.read and not self.waiting
+
+    def spend(self, **seconds: float) -> None:
+        """Adds to the timings' stages, and to their total what is not audio."""
+        work = sum(value for stage, value in seconds.items() if stage != "audio")
+        grown = {stage: getattr(self.timings, stage) + value for stage, value in seconds.items()}
+        self.timings = replace(self.timings, **grown, total=self.timings.total + work)
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One piece of one job, ready for the engine; `start` and `end` in seconds."""
+
+    job: Job
+    start: float
+    end: float
+    request: ClipRequest
+
+
+def transcribe(
+    engine: Engine, setup: Setup, sources: Iterable[AudioInput], progress: Progress | None = None
+) -> Iterator[Transcript | AudioError]:
+    """A transcript for each source, in order; an input that fails gives its error and does not stop the others."""
+    jobs: deque[Job] = deque()
+    tasks = _read_all(setup, sources, jobs)
+    seconds = 0.0
+    while batch := tuple(islice(tasks, setup.options.batch_size)):
+        _decode(engine, setup, batch)
+        seconds += sum(task.end - task.start for task in batch)
+        if progress:
+            progress(seconds)
+        yield from _finished(jobs)
+    yield from _finished(jobs)
+
+
+def _read_all(setup: Setup, sources: Iterable[AudioInput], jobs: deque[Job]) -> Iterator[Task]:
+    for source in sources:
+        job = Job(source)
+        jobs.append(job)
+        try:
+            yield from _read(setup, job)
+        except AudioError as error:
+            job.error = error
+        job.read = True
+
+
+def _read(setup: Setup, job: Job) -> Iterator[Task]:
+    started = time.perf_counter()
+    blocks = stream(job.source, setup.limits, on_warning=job.notices.append)
+    for piece in cut(blocks, setup.options.piece_seconds):
+        task = _task(setup, job, piece)
+        job.spend(audio=task.end - task.start, decode=time.perf_counter() - started)
+        job.waiting += 1
+        yield task
+        started = time.perf_counter()
+
+
+def cut(blocks: Iterator[NDArray[np.float32]], longest: float) -> Iterator[Piece]:
+    """Pieces of at most `longest` seconds of a stream at 16 kHz; audio that is no longer than that stays whole."""
+    head: list[NDArray[np.float32]] = []
+    while sum(map(len, head)) <= longest * SAMPLE_RATE:
+        block = next(blocks, None)
+        if block is None:
+            return pieces(head, longest, search_seconds=0.0)
+        head.append(block)
+    search = min(SEARCH_SECONDS, longest / 4)
+    return pieces(chain(head, blocks), longest - search, search)
+
+
+def _task(setup: Setup, job: Job, piece: Piece) -> Task:
+    request = ClipRequest(
+        mel=log_mel(piece.samples, setup.mel_bins),
+        prefix=setup.prompt.prefix,
+        suffix=setup.prompt.suffix,
+        max_new_tokens=setup.options.max_new_tokens or token_budget(piece.end - piece.start),
+    )
+    return Task(job, piece.start, piece.end, request)
+
+
+def _decode(engine: Engine, setup: Setup, batch: Sequence[Task]) -> None:
+    """Runs one batch, and shares its cost among the jobs by their seconds of audio."""
+    before = replace(engine.stats)
+    results = engine.run([task.request for task in batch])
+    after = engine.stats
+    prefill = after.encode_seconds + after.prefill_seconds - before.encode_seconds - before.prefill_seconds
+    generate = after.generate_seconds - before.generate_seconds
+    seconds = sum(task.end - task.start for task in batch)
+    for task, result in zip(batch, results, strict=True):
+        share = (task.end - task.start) / seconds
+        task.job.spend(prefill=share * prefill, generate=share * generate)
+        task.job.waiting -= 1
+        _collect(setup, task, result)
+
+
+def _collect(setup: Setup, task: Task, result: ClipResult) -> None:
+    """Parses one piece's tokens into the job's next segment. A piece without speech is kept, with empty text."""
+    job = task.job
+    parsed = parse_output(setup.tokenizer.decode(result.tokens), setup.language)
+    spoken = any(segment.text for segment in job.segments)
+    glue = separator(parsed.language) if spoken and parsed.text else ""
+    job.segments.append(
+        Segment(
+            id=len(job.segments),
+            start=task.start,
+            end=task.end,
+            text=glue + parsed.text,
+            language=parsed.language,
+            avg_logprob=sum(result.logprobs) / len(result.logprobs) if result.logprobs else None,
+            finish_reason=result.finish_reason,
+        )
+    )
+    job.timings = replace(job.timings, tokens=job.timings.tokens + len(result.tokens))
+    if result.finish_reason == "length":
+        job.notices.append(_budget_notice(task))
+
+
+def _budget_notice(task: Task) -> Notice:
+    message = (
+        f"decoding from {task.start:.1f} to {task.end:.1f} s stopped at its budget of "
+        f"{task.request.max_new_tokens} tokens: the text there may be cut short or repeat itself"
+    )
+    return Notice("token_budget", message, task.start, task.end)
+
+
+def _finished(jobs: deque[Job]) -> Iterator[Transcript | AudioError]:
+    while jobs and jobs[0].done:
+        job = jobs.popleft()
+        yield job.error or _transcript(job)
+
+
+def _transcript(job: Job) -> Transcript:
+    spoken = [replace(segment, id=index) for index, segment in enumerate(s for s in job.segments if s.text)]
+    cut = any(segment.finish_reason == "length" for segment in job.segments)
+    return Transcript(
+        text="".join(segment.text for segment in spoken),
+        language=_commonest_language(spoken),
+        duration=job.timings.audio,
+        segments=tuple(spoken),
+        finish_reason="length" if cut else "stop",
+        warnings=tuple(job.notices),
+        timings=job.timings,
+    )
+
+
+def _commonest_language(segments: Sequence[Segment]) -> str:
+    """The language with most characters of text; the earlier one where two are equal."""
+    weights: Counter[str] = Counter()
+    for segment in segments:
+        weights[segment.language] += len(segment.text)
+    weights.pop("", None)
+    return weights.most_common(1)[0][0] if weights else ""
