@@ -36,7 +36,8 @@ def rope_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor,
 
     Qwen3-ASR's three-row MRoPE collapses to this, because its three position rows are always equal.
     """
-    rate = theta ** (-torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)
+    # As a quotient, as the checkpoints were trained: theta ** -x rounds otherwise, which a position of 800 multiplies.
+    rate = 1.0 / theta ** (torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)
     angle = positions[..., None].float() * rate
     angle = torch.cat([angle, angle], dim=-1)
     return angle.cos(), angle.sin()
