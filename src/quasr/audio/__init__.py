@@ -1,0 +1,1 @@
+"""From bytes to mel frames, in numpy: decode, chunk, mel. Import the submodule that is needed."""
