@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from dataclasses import dataclass
@@ -58,6 +59,29 @@ def device_names() -> list[str]:
     cuda = _torch().cuda
     gpus = [f"cuda:{index} ({cuda.get_device_name(index)})" for index in range(cuda.device_count())]
     return ["cpu", *gpus]
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """A device's memory in bytes."""
+
+    device: str
+    free: int
+    total: int
+
+
+def memory() -> list[Memory]:
+    """Main memory where the system tells it, then every GPU that torch sees. Works without torch."""
+    found = []
+    if "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", {}):
+        page = os.sysconf("SC_PAGE_SIZE")
+        found.append(Memory("cpu", os.sysconf("SC_AVPHYS_PAGES") * page, os.sysconf("SC_PHYS_PAGES") * page))
+    try:
+        cuda = _torch().cuda
+    except MissingDependencyError:
+        return found
+    names = enumerate(device_names()[1:])
+    return found + [Memory(name, *cuda.mem_get_info(index)) for index, name in names]
 
 
 def peak_memory(device: str = "cpu") -> tuple[int | None, int | None]:

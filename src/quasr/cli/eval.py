@@ -1,0 +1,79 @@
+"""`quasr eval`: error rates of a model over a manifest."""
+
+from __future__ import annotations
+
+from pathlib import Path  # noqa: TC003  (Typer reads the annotations)
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from quasr.cli.options import (
+    BatchSizeOption,
+    ContextOption,
+    DeviceOption,
+    DtypeOption,
+    HubOption,
+    LanguageOption,
+    MaxNewTokensOption,
+    ModelChoice,
+    ModelOption,
+    OfflineOption,
+    RevisionOption,
+)
+from quasr.cli.terminal import ProgressLine, note, result
+from quasr.types import TranscribeOptions
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from quasr.evaluation.run import Outcome
+
+
+def evaluate(
+    manifest: Annotated[Path, typer.Argument(help="JSONL: path, text, and optionally subset, lang, seconds.")],
+    model: ModelOption = "demo",
+    language: LanguageOption = None,
+    context: ContextOption = "",
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write figures and hypotheses as JSON.")] = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    hub: HubOption = "huggingface",
+    revision: RevisionOption = None,
+    offline: OfflineOption = False,
+    batch_size: BatchSizeOption = 16,
+    max_new_tokens: MaxNewTokensOption = None,
+) -> int:
+    """Measure word and character error rates. Rows without text are run, but not scored."""
+    from quasr.evaluation.manifest import read_manifest
+    from quasr.evaluation.report import COLUMNS, table, write_json
+    from quasr.evaluation.run import evaluate as run
+    from quasr.evaluation.score import require_packages
+
+    require_packages()
+    clips = read_manifest(manifest)
+    options = TranscribeOptions(language, context, max_new_tokens, batch_size=batch_size)
+    progress = ProgressLine()
+    with ModelChoice(model, device, dtype, hub, revision, offline).load() as transcriber:
+        outcomes = run(transcriber, clips, options, progress)
+        progress.clear()
+        result(_aligned([COLUMNS, *table(outcomes)]))
+        if output is not None:
+            write_json(output, model, transcriber.info, outcomes)
+    return _exit_code(outcomes)
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Columns as wide as their widest cell: the first to the left, figures to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def _exit_code(outcomes: Sequence[Outcome]) -> int:
+    failed = [outcome for outcome in outcomes if outcome.error is not None]
+    for outcome in failed:
+        note(f"error: {outcome.error}")
+    return 1 if failed else 0

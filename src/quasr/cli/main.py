@@ -1,0 +1,83 @@
+"""`quasr`: the commands, and how their errors become one line and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from quasr import __version__
+from quasr.cli.doctor import doctor
+from quasr.cli.eval import evaluate
+from quasr.cli.transcribe import transcribe
+from quasr.errors import QuasrError
+
+INTERRUPTED = 130
+"""128 + SIGINT: what a shell reports for a program that the user stopped."""
+
+BROKEN_PIPE = 1
+"""Click's own code for it, which covers what commands print; ours covers the last flush."""
+
+UsageError: Any = typer.BadParameter.__mro__[1]
+"""Click's base of wrong arguments, out of whichever click this Typer carries."""
+
+app = typer.Typer(
+    name="quasr",
+    help="Speech to text with Qwen3-ASR.",
+    add_completion=False,
+    no_args_is_help=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("transcribe")(transcribe)
+app.command("eval")(evaluate)
+app.command("doctor")(doctor)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"quasr {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Speech to text with Qwen3-ASR."""
+
+
+def run() -> None:
+    """Entry point of the `quasr` program: exits with the code that the outcome deserves."""
+    # Transcripts are UTF-8 whatever the locale says: a pipe must not fail on the first accent.
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+    sys.exit(_exit_code())
+
+
+def _exit_code() -> int:
+    try:
+        code = app(standalone_mode=False)
+        sys.stdout.flush()
+    except QuasrError as error:
+        return _complain(str(error), error.exit_code)
+    except UsageError as error:
+        return _complain(f"{error.format_message()} See 'quasr --help'.", error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader has gone, as with `| head`. What is still buffered must not fail again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    return code if isinstance(code, int) else 0
+
+
+def _complain(message: str, code: int) -> int:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)  # noqa: T201
+    return code

@@ -1,0 +1,56 @@
+"""Arguments that several commands share, and the loading of a model from them."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from quasr.cli.terminal import megabytes, note
+
+if TYPE_CHECKING:
+    from quasr.pipeline.transcriber import Transcriber
+
+ModelOption = Annotated[str, typer.Option("--model", "-m", help="'demo', a checkpoint folder, or a hub id.")]
+LanguageOption = Annotated[
+    str | None, typer.Option("--language", help="Spoken language, as a name or an ISO code. Default: detected.")
+]
+ContextOption = Annotated[str, typer.Option("--context", help="Text that helps: names, terms, what came before.")]
+DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+DtypeOption = Annotated[str, typer.Option("--dtype", help="auto, bf16, fp16 or fp32.")]
+HubOption = Annotated[str, typer.Option("--hub", help="huggingface or modelscope.")]
+RevisionOption = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit on the hub.")]
+OfflineOption = Annotated[bool, typer.Option("--offline", help="Use only what is already downloaded.")]
+BatchSizeOption = Annotated[int, typer.Option("--batch-size", min=1, help="Pieces of audio decoded together.")]
+MaxNewTokensOption = Annotated[
+    int | None, typer.Option("--max-new-tokens", min=1, help="Token budget of a piece. Default: from its length.")
+]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelChoice:
+    """Which model to load, from where, on to what."""
+
+    model: str
+    device: str
+    dtype: str
+    hub: str
+    revision: str | None
+    offline: bool
+
+    def load(self) -> Transcriber:
+        """Loads it, and says on standard error what runs where."""
+        from quasr.pipeline.transcriber import load
+        from quasr.weights.hub import HubOptions
+
+        started = time.perf_counter()
+        hub = HubOptions(hub=self.hub, revision=self.revision, offline=self.offline)
+        transcriber = load(self.model, device=self.device, dtype=self.dtype, hub=hub)
+        info = transcriber.info
+        note(
+            f"{self.model}: {info.name} on {info.device}, {info.dtype}, {megabytes(info.weight_bytes)} of weights, "
+            f"loaded in {time.perf_counter() - started:.1f} s"
+        )
+        return transcriber

@@ -1,0 +1,158 @@
+"""The front door: `load` a model once, transcribe many times."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Self
+
+from quasr.audio.fetch import FetchLimits
+from quasr.engine.device import choose
+from quasr.errors import AudioError, CheckpointError, OptionError
+from quasr.model.config import read_config
+from quasr.pipeline.transcribe import Setup, transcribe
+from quasr.text.languages import resolve as resolve_language
+from quasr.text.prompt import build_prompt
+from quasr.text.tokenizer import Tokenizer
+from quasr.types import TranscribeOptions, Transcript
+from quasr.weights.hub import HubOptions
+from quasr.weights.hub import resolve as resolve_model
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from pathlib import Path
+
+    from quasr.audio.source import AudioInput
+    from quasr.engine.base import Engine, EngineInfo
+    from quasr.engine.device import Placement
+    from quasr.model.config import ModelConfig
+    from quasr.pipeline.transcribe import Progress
+
+
+def load(
+    model: str | Path = "demo", *, device: str = "auto", dtype: str = "auto", hub: HubOptions | None = None
+) -> Transcriber:
+    """Loads a checkpoint: `demo` (bundled), a folder, or a hub id such as `Qwen/Qwen3-ASR-0.6B`.
+
+    device: auto, cpu, cuda or cuda:N; dtype: auto, bf16, fp16 or fp32.
+    Raises ModelError (not found, damaged, another architecture), ResourceError (device, memory),
+    OptionError and MissingDependencyError (no torch).
+    """
+    placement = choose(device, dtype)
+    folder = resolve_model(str(model), hub or HubOptions())
+    config = read_config(folder)
+    tokenizer = Tokenizer.from_folder(folder)
+    check_vocabulary(config, tokenizer)
+    return Transcriber(_torch_engine(folder, config, tokenizer, placement), tokenizer, config)
+
+
+class Transcriber:
+    """A loaded model. Usable as a context manager; not thread-safe.
+
+    with quasr.load("demo") as transcriber:
+        print(transcriber.transcribe("talk.mp3").text)
+    """
+
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, config: ModelConfig) -> None:
+        self._engine = engine
+        self._tokenizer = tokenizer
+        self._config = config
+
+    @property
+    def info(self) -> EngineInfo:
+        """What runs, where, in what precision, and why."""
+        return self._engine.info
+
+    def transcribe(
+        self,
+        audio: AudioInput,
+        options: TranscribeOptions | None = None,
+        *,
+        limits: FetchLimits | None = None,
+        progress: Progress | None = None,
+        **overrides: object,
+    ) -> Transcript:
+        """Transcribes one path, URL, bytes, file object or (array, rate).
+
+        Keywords other than `limits` (of URLs) and `progress` (called with the seconds done) override fields of
+        `options`: `transcribe(audio, language="en")`. Raises AudioError for the audio and OptionError for the rest.
+        """
+        (result,) = self.transcribe_batch([audio], options, limits=limits, progress=progress, **overrides)
+        if isinstance(result, AudioError):
+            raise result
+        return result
+
+    def transcribe_batch(
+        self,
+        audios: Iterable[AudioInput],
+        options: TranscribeOptions | None = None,
+        *,
+        limits: FetchLimits | None = None,
+        progress: Progress | None = None,
+        **overrides: object,
+    ) -> Iterator[Transcript | AudioError]:
+        """A transcript for each input, lazily and in order; an input that fails gives its AudioError in its place."""
+        chosen = _checked(options or TranscribeOptions(), overrides)
+        language = None if chosen.language is None else resolve_language(chosen.language)
+        setup = Setup(
+            tokenizer=self._tokenizer,
+            prompt=build_prompt(self._tokenizer, chosen.context, language),
+            language=language,
+            mel_bins=self._config.audio.mel_bins,
+            options=chosen,
+            limits=limits or FetchLimits(),
+        )
+        return transcribe(self._engine, setup, audios, progress)
+
+    def close(self) -> None:
+        """Gives the memory back; the transcriber cannot be used afterwards."""
+        self._engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def stop_ids(config: ModelConfig, tokenizer: Tokenizer) -> frozenset[int]:
+    """Tokens that end a transcript: those the checkpoint states, `<|im_end|>` and `<|endoftext|>`."""
+    return frozenset({*config.eos_token_ids, tokenizer.special.im_end, tokenizer.special.endoftext})
+
+
+def check_vocabulary(config: ModelConfig, tokenizer: Tokenizer) -> None:
+    """Raises CheckpointError where tokenizer and network cannot belong together."""
+    stated, pad = config.audio_token_id, tokenizer.special.audio_pad
+    if stated is not None and stated != pad:
+        raise CheckpointError(
+            f"config.json says audio_token_id {stated}, the tokenizer says {pad}: the files are of two checkpoints"
+        )
+    if tokenizer.vocab_size > config.text.vocab_size:
+        raise CheckpointError(
+            f"the tokenizer has {tokenizer.vocab_size} entries, the network {config.text.vocab_size}: "
+            "the files are of two checkpoints"
+        )
+
+
+def _torch_engine(folder: Path, config: ModelConfig, tokenizer: Tokenizer, placement: Placement) -> Engine:
+    # Here and not above, so that `from quasr import Transcriber` costs no torch.
+    from quasr.engine.torch_engine import TorchEngine
+    from quasr.weights.load import load_model
+
+    network = load_model(folder, config, placement.dtype, placement.device)
+    return TorchEngine(network, stop_ids(config, tokenizer), placement)
+
+
+def _checked(options: TranscribeOptions, overrides: dict[str, object]) -> TranscribeOptions:
+    known = [field.name for field in fields(TranscribeOptions)]
+    for name in overrides:
+        if name not in known:
+            raise OptionError(f"unknown option {name!r}: there are {', '.join(known)}")
+    chosen = replace(options, **overrides)  # type: ignore[arg-type]
+    if not (math.isfinite(chosen.piece_seconds) and chosen.piece_seconds >= 1):
+        raise OptionError(f"piece_seconds is {chosen.piece_seconds}: it must be at least 1")
+    if chosen.batch_size < 1:
+        raise OptionError(f"batch_size is {chosen.batch_size}: it must be at least 1")
+    if chosen.max_new_tokens is not None and chosen.max_new_tokens < 1:
+        raise OptionError(f"max_new_tokens is {chosen.max_new_tokens}: it must be at least 1")
+    return chosen

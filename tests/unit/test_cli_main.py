@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import sys
+
+import pytest
+
+from quasr import __version__
+from quasr.cli import main
+from quasr.errors import CheckpointError, OptionError, ResourceError
+
+HEAVY = ("torch", "numpy", "av", "soxr", "tokenizers", "huggingface_hub", "jiwer", "transformers")
+
+
+def run_with(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["quasr", *arguments])
+    return main._exit_code()
+
+
+def children_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def test_help_is_fast_and_imports_nothing_heavy() -> None:
+    code = (
+        "import sys\nsys.argv = ['quasr', '--help']\nfrom quasr.cli.main import run\n"
+        f"try:\n    run()\nfinally:\n    print([name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)"
+    )
+    times = []
+    for _ in range(3):
+        before = children_seconds()
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        times.append(children_seconds() - before)
+        assert done.stderr == "[]\n"
+        assert all(command in done.stdout for command in ("transcribe", "eval", "doctor"))
+    # Processor time, which other processes do not stretch as they do wall time.
+    assert min(times) < 0.3
+
+
+def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_with(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out == f"quasr {__version__}\n"
+
+
+@pytest.mark.parametrize("arguments", [("nonsense",), ("transcribe",), ("transcribe", "x", "--batch-size", "0"), ()])
+def test_wrong_arguments_are_one_line_and_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]
+) -> None:
+    assert run_with(monkeypatch, *arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "line"),
+    [
+        (OptionError("wrong\nin two lines"), 2, "error: wrong in two lines\n"),
+        (CheckpointError("damaged"), 3, "error: damaged\n"),
+        (ResourceError("no memory"), 4, "error: no memory\n"),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+)
+def test_errors_become_a_line_and_a_code(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], raised: BaseException, code: int, line: str
+) -> None:
+    def fail() -> None:
+        raise raised
+
+    monkeypatch.setattr("quasr.cli.doctor._findings", fail)
+    assert run_with(monkeypatch, "doctor") == code
+    assert capsys.readouterr().err.lstrip("\n") == line
+
+
+def test_a_reader_that_goes_away_is_no_traceback() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    code = "import sys\nsys.argv = ['quasr', 'doctor']\nfrom quasr.cli.main import run\nrun()"
+    done = subprocess.run([sys.executable, "-c", code], stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (main.BROKEN_PIPE, "")
