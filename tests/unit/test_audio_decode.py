@@ -320,7 +320,8 @@ def test_no_false_alarm_without_a_stated_duration() -> None:
     streamed = bytearray(sample_file("wav16"))
     streamed[4:8] = b"\xff" * 4
     notices: list[Notice] = []
-    for data in (bare, bytes(streamed), sample_file("mp3") + b"TAG" + bytes(125)):
+    film = encode(tone(0.1, 44_100)[None], 44_100, "asf", "aac", video=True)
+    for data in (bare, bytes(streamed), film, sample_file("mp3") + b"TAG" + bytes(125)):
         load(data, on_warning=notices.append)
     assert notices == []
 

@@ -8,6 +8,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import av
 import av.error
+from av.stream import Disposition
 
 from quasr.audio.samples import check_rate, to_mono
 from quasr.audio.spool import checked
@@ -148,19 +149,26 @@ def _values(frame: Any, name: str) -> NDArray[Any]:
         raise AudioDecodeError(f"{name}: the sample format {frame.format.name} is not supported") from error
     if frame.format.is_planar:
         return values.T
-    return values.reshape(frame.samples, -1)
+    return values.reshape(-1, frame.layout.nb_channels)
 
 
 def _stated_seconds(container: Any, stream: Any, reader: ByteReader) -> float | None:
     """The duration that the file itself states; None where it states none and FFmpeg only has a guess."""
     if container.format.name == "wav":
         return _riff_seconds(stream, reader)
+    if _has_pictures(container) and "mov" not in container.format.name:
+        return None  # the stated duration may be that of the pictures
     if stream.duration is not None:
         seconds = float(stream.duration * stream.time_base)
         return None if _is_guess(seconds, stream, reader) else seconds
     if container.duration is not None and len(container.streams) == 1:
         return float(container.duration / av.time_base)
     return None
+
+
+def _has_pictures(container: Any) -> bool:
+    """Whether there is a video track; the cover of an album is none."""
+    return any(not track.disposition & Disposition.attached_pic for track in container.streams.video)
 
 
 def _is_guess(seconds: float, stream: Any, reader: ByteReader) -> bool:
