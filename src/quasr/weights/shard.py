@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 MAX_HEADER_BYTES = 100_000_000
 """The format's own limit."""
 
-SLICE_BYTES = 16 << 20
+SLICE_BYTES = 4 << 20
 """Copied at once: bounds what is resident beside the tensors themselves. A multiple of every item size and page."""
 
 ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
@@ -52,6 +52,8 @@ class Shard:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        # One buffer for all pieces: freed ones would stay in the heap between the tensors that are kept.
+        self._buffer = torch.empty(SLICE_BYTES, dtype=torch.uint8)
         try:
             with path.open("rb") as file:
                 self.entries = _read_entries(file.read, path.stat().st_size)
@@ -62,18 +64,19 @@ class Shard:
         except ValueError as error:
             raise CheckpointError(f"{path} is no sound safetensors file ({error}): {AGAIN}") from error
 
-    def slices(self, name: str) -> Iterator[Tensor]:
-        """The tensor as flat pieces of at most SLICE_BYTES, in order, in the stored dtype; each owns its memory."""
+    def raw(self, name: str) -> Iterator[Tensor]:
+        """The tensor's bytes in order, as views (uint8) into the map of at most SLICE_BYTES. Not to be kept."""
         entry = self.entries[name]
         for start in range(entry.start, entry.end, SLICE_BYTES):
             size = min(SLICE_BYTES, entry.end - start)
-            # As bytes first: nothing in the format aligns a tensor to its item size.
-            yield (
-                torch.frombuffer(self._map, dtype=torch.uint8, count=size, offset=start)
-                .clone()
-                .view(FLOATS[entry.dtype])
-            )
+            yield torch.frombuffer(self._map, dtype=torch.uint8, count=size, offset=start)
             self._release(start, size)
+
+    def slices(self, name: str) -> Iterator[Tensor]:
+        """The tensor as flat pieces in order, in the stored dtype. A piece is valid until the next one is taken."""
+        for piece in self.raw(name):
+            # Copied as bytes: nothing in the format aligns a tensor to its item size.
+            yield self._buffer[: len(piece)].copy_(piece).view(FLOATS[self.entries[name].dtype])
 
     def _release(self, start: int, size: int) -> None:
         """Drops the pages of a slice from resident memory, on systems that can."""
