@@ -6,11 +6,13 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import quasr
 from quasr.errors import ModelNotFoundError, OptionError
 from quasr.weights.record import verify
 
 __all__ = ["HubOptions", "resolve", "verify"]
+
+DEMO_FOLDER = Path(__file__).parent.parent / "demo" / "model"
+"""Part of the installed package."""
 
 MODEL_ID = re.compile(r"(?!\.)[\w.-]+/(?!\.)[\w.-]+", re.ASCII)
 
@@ -34,9 +36,9 @@ def resolve(model: str, options: HubOptions) -> Path:
     if model == "demo":
         return _demo()
     path = Path(model).expanduser()
-    if path.is_dir():
+    if model and path.is_dir():
         return path
-    if path.exists():
+    if path.is_file():
         raise ModelNotFoundError(f"{model} is a file: give the checkpoint's folder")
     if not MODEL_ID.fullmatch(model):
         raise ModelNotFoundError(f"no model folder {model!r}: give a folder, a hub id such as org/name, or 'demo'")
@@ -44,10 +46,9 @@ def resolve(model: str, options: HubOptions) -> Path:
 
 
 def _demo() -> Path:
-    folder = Path(quasr.__file__).parent / "demo" / "model"
-    if not (folder / "config.json").is_file():
+    if not (DEMO_FOLDER / "config.json").is_file():
         raise ModelNotFoundError("this installation lacks the demo model: install quasr again, or give another model")
-    return folder
+    return DEMO_FOLDER
 
 
 def _fetch(model: str, options: HubOptions) -> Path:

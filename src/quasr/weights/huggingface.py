@@ -188,7 +188,9 @@ def _explain(error: Exception, model: str, *, is_cached: bool) -> QuasrError:
         return stored
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status in (401, 403):
-        return HubError(f"the hub refuses {model} (HTTP {status}): set HF_TOKEN to a token that may read it")
+        return HubError(
+            f"the hub refuses {model} (HTTP {status}): check the id, or set HF_TOKEN to a token that may read it"
+        )
     reason = f"HTTP {status}" if status else type(error).__name__
     advice = "use --offline for the cached copy" if is_cached else "check the network, HF_ENDPOINT, or give a folder"
     return HubError(f"{model} could not be fetched from the hub ({reason}): {advice}; a new run resumes")

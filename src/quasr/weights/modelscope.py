@@ -221,6 +221,7 @@ def _one_line_errors(model: str, *, is_cached: bool) -> Iterator[None]:
     try:
         yield
     except HTTPError as error:
+        error.close()
         if error.code == http.client.NOT_FOUND:
             raise ModelNotFoundError(f"ModelScope has no {model} at that revision: check the id") from error
         if error.code in (http.client.UNAUTHORIZED, http.client.FORBIDDEN):
