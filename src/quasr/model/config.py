@@ -104,7 +104,7 @@ def read_config(folder: Path) -> ModelConfig:
         raw = {"eos_token_id": read_json(generation).get("eos_token_id"), **raw}
     try:
         return parse_config(raw)
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise CheckpointError(f"{path}: {_explain(error)}") from error
 
 
@@ -176,16 +176,8 @@ def _text(raw: dict[str, Any], *, tied: bool) -> TextConfig:
 
 def _check(config: ModelConfig) -> None:
     audio, text = config.audio, config.text
-    sizes = (
-        audio.layers,
-        audio.width,
-        audio.heads,
-        audio.ffn,
-        audio.mel_bins,
-        audio.stem_channels,
-        text.layers,
-    )
-    sizes += (text.vocab_size, text.hidden, text.heads, text.kv_heads, text.head_dim, text.ffn)
+    sizes = [audio.layers, audio.width, audio.heads, audio.ffn, audio.mel_bins, audio.stem_channels]
+    sizes += [text.vocab_size, text.hidden, text.layers, text.heads, text.kv_heads, text.head_dim, text.ffn]
     if min(sizes) < 1:
         raise ValueError("a size is zero or negative")
     if audio.chunk_frames < 1 or audio.window_frames % audio.chunk_frames or audio.window_frames < 1:
@@ -194,6 +186,8 @@ def _check(config: ModelConfig) -> None:
         raise ValueError("d_model does not divide into encoder_attention_heads, or is odd")
     if text.heads % text.kv_heads or text.head_dim % 2:
         raise ValueError("num_attention_heads is not a multiple of num_key_value_heads, or head_dim is odd")
+    if not (0 < text.rms_eps < 1 and 0 < text.rope_theta < float("inf")):
+        raise ValueError("rms_norm_eps or rope_theta is out of range")
     if audio.output != text.hidden:
         raise ValueError(f"output_dim {audio.output} of the encoder is not the decoder's hidden_size {text.hidden}")
 
@@ -211,4 +205,6 @@ def _maybe_int(value: object) -> int | None:
 
 
 def _explain(error: Exception) -> str:
-    return f"the entry {error} is missing" if isinstance(error, KeyError) else str(error)
+    if isinstance(error, KeyError):
+        return f"the entry {error} is missing"
+    return f"an entry is of the wrong type ({error})" if isinstance(error, (TypeError, AttributeError)) else str(error)
