@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 PACKAGES = (
     "torch", "numpy", "av", "soxr", "tokenizers", "safetensors", "huggingface_hub", "modelscope", "jiwer",
-    "whisper-normalizer",
+    "whisper-normalizer", "bitsandbytes",
 )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ import typer
 
 from quasr.cli.options import (
     BatchSizeOption,
+    ComputeTypeOption,
     ContextOption,
     DeviceOption,
     DtypeOption,
@@ -19,8 +20,9 @@ from quasr.cli.options import (
     ModelOption,
     OfflineOption,
     RevisionOption,
+    ThresholdOption,
 )
-from quasr.cli.terminal import ProgressLine, note, result
+from quasr.cli.terminal import ProgressLine, aligned, note, result
 from quasr.types import TranscribeOptions
 
 if TYPE_CHECKING:
@@ -37,6 +39,8 @@ def evaluate(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write figures and hypotheses as JSON.")] = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
+    compute_type: ComputeTypeOption = "auto",
+    threshold: ThresholdOption = None,
     hub: HubOption = "huggingface",
     revision: RevisionOption = None,
     offline: OfflineOption = False,
@@ -53,23 +57,14 @@ def evaluate(
     clips = read_manifest(manifest)
     options = TranscribeOptions(language, context, max_new_tokens, batch_size=batch_size)
     progress = ProgressLine()
-    with ModelChoice(model, device, dtype, hub, revision, offline).load() as transcriber:
+    choice = ModelChoice(model, device, dtype, hub, revision, offline, compute_type, threshold)
+    with choice.load() as transcriber:
         outcomes = run(transcriber, clips, options, progress)
         progress.clear()
-        result(_aligned([COLUMNS, *table(outcomes)]))
+        result(aligned([COLUMNS, *table(outcomes)]))
         if output is not None:
             write_json(output, model, transcriber.info, outcomes)
     return _exit_code(outcomes)
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as their widest cell: the first to the left, figures to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
 
 
 def _exit_code(outcomes: Sequence[Outcome]) -> int:

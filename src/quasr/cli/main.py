@@ -11,6 +11,7 @@ import typer
 from quasr import __version__
 from quasr.cli.doctor import doctor
 from quasr.cli.eval import evaluate
+from quasr.cli.quantize import quantize
 from quasr.cli.transcribe import transcribe
 from quasr.errors import QuasrError
 
@@ -34,6 +35,7 @@ app = typer.Typer(
 )
 app.command("transcribe")(transcribe)
 app.command("eval")(evaluate)
+app.command("quantize")(quantize)
 app.command("doctor")(doctor)
 
 

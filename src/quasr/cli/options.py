@@ -20,6 +20,12 @@ LanguageOption = Annotated[
 ContextOption = Annotated[str, typer.Option("--context", help="Text that helps: names, terms, what came before.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
 DtypeOption = Annotated[str, typer.Option("--dtype", help="auto, bf16, fp16 or fp32.")]
+ComputeTypeOption = Annotated[
+    str, typer.Option("--compute-type", help="auto, bf16, fp16, fp32, int8, int4, int4-g64, llm-int8, nf4, ...")
+]
+ThresholdOption = Annotated[
+    float | None, typer.Option("--threshold", help="Of llm-int8: activations this large stay in 16 bits; 0: none.")
+]
 HubOption = Annotated[str, typer.Option("--hub", help="huggingface or modelscope.")]
 RevisionOption = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit on the hub.")]
 OfflineOption = Annotated[bool, typer.Option("--offline", help="Use only what is already downloaded.")]
@@ -39,6 +45,8 @@ class ModelChoice:
     hub: str
     revision: str | None
     offline: bool
+    compute_type: str = "auto"
+    threshold: float | None = None
 
     def load(self) -> Transcriber:
         """Loads it, and says on standard error what runs where."""
@@ -47,10 +55,18 @@ class ModelChoice:
 
         started = time.perf_counter()
         hub = HubOptions(hub=self.hub, revision=self.revision, offline=self.offline)
-        transcriber = load(self.model, device=self.device, dtype=self.dtype, hub=hub)
+        transcriber = load(
+            self.model,
+            device=self.device,
+            dtype=self.dtype,
+            compute_type=self.compute_type,
+            threshold=self.threshold,
+            hub=hub,
+        )
         info = transcriber.info
+        precision = info.dtype if info.scheme == "none" else f"{info.scheme} in {info.dtype}"
         note(
-            f"{self.model}: {info.name} on {info.device}, {info.dtype}, {megabytes(info.weight_bytes)} of weights, "
+            f"{self.model}: {info.name} on {info.device}, {precision}, {megabytes(info.weight_bytes)} of weights, "
             f"loaded in {time.perf_counter() - started:.1f} s"
         )
         return transcriber

@@ -11,6 +11,7 @@ import typer
 
 from quasr.cli.options import (
     BatchSizeOption,
+    ComputeTypeOption,
     ContextOption,
     DeviceOption,
     DtypeOption,
@@ -21,6 +22,7 @@ from quasr.cli.options import (
     ModelOption,
     OfflineOption,
     RevisionOption,
+    ThresholdOption,
 )
 from quasr.cli.terminal import ProgressLine, megabytes, note, result
 from quasr.errors import OptionError
@@ -76,6 +78,8 @@ def transcribe(
     ] = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
+    compute_type: ComputeTypeOption = "auto",
+    threshold: ThresholdOption = None,
     hub: HubOption = "huggingface",
     revision: RevisionOption = None,
     offline: OfflineOption = False,
@@ -89,7 +93,8 @@ def transcribe(
     destination = _destination(output_format, output_dir)
     stems = _stems(audio, destination)
     options = TranscribeOptions(language, context, max_new_tokens, batch_size=batch_size)
-    with ModelChoice(model, device, dtype, hub, revision, offline).load() as transcriber:
+    choice = ModelChoice(model, device, dtype, hub, revision, offline, compute_type, threshold)
+    with choice.load() as transcriber:
         tally = _run(transcriber, audio, stems, options, destination, allow_private_urls)
         _report(tally, len(audio), transcriber.info.device)
     return 1 if tally.failed else 0

@@ -47,13 +47,18 @@ class ClipResult:
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """What runs, where, and why: printed by `quasr doctor` and in the timing lines."""
+    """What runs, where, and why: printed by `quasr doctor` and in the timing lines.
+
+    `dtype` is what is computed in, `scheme` the recipe that the weights are quantised by, `weight_bytes` their memory
+    with scales and all.
+    """
 
     name: str
     device: str
     dtype: str
     weight_bytes: int
     reasons: tuple[str, ...] = ()
+    scheme: str = "none"
 
 
 @dataclass(slots=True)

@@ -6,6 +6,7 @@ import math
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
@@ -52,9 +53,12 @@ class Row:
 
 
 class TorchEngine:
-    """Runs `model`, which already lies on `placement.device` in `placement.dtype`. One caller at a time."""
+    """Runs `model`, which already lies on `placement.device` in `placement.dtype`. One caller at a time.
 
-    def __init__(self, model: Qwen3ASR, stop_ids: Collection[int], placement: Placement) -> None:
+    `scheme` is the name of the recipe that its weights are quantised by.
+    """
+
+    def __init__(self, model: Qwen3ASR, stop_ids: Collection[int], placement: Placement, scheme: str = "none") -> None:
         self._model: Qwen3ASR | None = model
         self._stop_ids = frozenset(stop_ids)
         self._placement = placement
@@ -63,8 +67,9 @@ class TorchEngine:
             name="torch",
             device=str(placement.device),
             dtype=placement.dtype_name,
-            weight_bytes=sum(weight.numel() * weight.element_size() for weight in model.parameters()),
+            weight_bytes=sum(weight.nbytes for weight in chain(model.parameters(), model.buffers())),
             reasons=placement.reasons,
+            scheme=scheme,
         )
 
     @property

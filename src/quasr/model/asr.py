@@ -38,10 +38,10 @@ class Qwen3ASR(nn.Module):
         Returns (batch, longest, hidden), padded with zeros at the end, and the true lengths.
         """
         embed = self.decoder.embed_tokens
-        rows = [
-            torch.cat([embed(prefix), vectors.to(embed.weight.dtype), embed(suffix)])
-            for prefix, vectors, suffix in zip(prefixes, audio, suffixes, strict=True)
-        ]
+        rows = []
+        for prefix, vectors, suffix in zip(prefixes, audio, suffixes, strict=True):
+            before, after = embed(prefix), embed(suffix)
+            rows.append(torch.cat([before, vectors.to(before.dtype), after]))
         return nn.utils.rnn.pad_sequence(rows, batch_first=True), [len(row) for row in rows]
 
     def prefill(self, embeddings: Tensor, lengths: Sequence[int], cache: KVCache) -> Tensor:

@@ -152,13 +152,21 @@ class DecoderLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+class TokenEmbedding(nn.Embedding):
+    """The embedding, which can serve as the head too."""
+
+    def logits(self, x: Tensor) -> Tensor:
+        """The tied head: (..., hidden) -> (..., vocab_size)."""
+        return F.linear(x, self.weight)
+
+
 class Decoder(nn.Module):
     """Embedding, layers, final norm and the head, which is the embedding again where the two are tied."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden)
+        self.embed_tokens = TokenEmbedding(config.vocab_size, config.hidden)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.hidden, config.rms_eps)
         self.lm_head = None if config.tied_head else nn.Linear(config.hidden, config.vocab_size, bias=False)
@@ -188,7 +196,7 @@ class Decoder(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., hidden) -> (..., vocab_size)."""
         x = self.norm(hidden)
-        return F.linear(x, self.embed_tokens.weight) if self.lm_head is None else self.lm_head(x)
+        return self.embed_tokens.logits(x) if self.lm_head is None else self.lm_head(x)
 
     def _layers(self) -> Iterator[DecoderLayer]:
         return cast("Iterator[DecoderLayer]", iter(self.layers))

@@ -7,10 +7,11 @@ from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Self
 
 from quasr.audio.fetch import FetchLimits
-from quasr.engine.device import choose
+from quasr.engine.device import DTYPES, choose
 from quasr.errors import AudioError, CheckpointError, OptionError
 from quasr.model.config import read_config
 from quasr.pipeline.transcribe import Setup, transcribe
+from quasr.quant.recipe import recipe_for
 from quasr.text.languages import resolve as resolve_language
 from quasr.text.prompt import build_prompt
 from quasr.text.tokenizer import Tokenizer
@@ -27,23 +28,33 @@ if TYPE_CHECKING:
     from quasr.engine.device import Placement
     from quasr.model.config import ModelConfig
     from quasr.pipeline.transcribe import Progress
+    from quasr.quant.recipe import Recipe
 
 
 def load(
-    model: str | Path = "demo", *, device: str = "auto", dtype: str = "auto", hub: HubOptions | None = None
+    model: str | Path = "demo",
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    compute_type: str = "auto",
+    threshold: float | None = None,
+    hub: HubOptions | None = None,
 ) -> Transcriber:
     """Loads a checkpoint: `demo` (bundled), a folder, or a hub id such as `Qwen/Qwen3-ASR-0.6B`.
 
-    device: auto, cpu, cuda or cuda:N; dtype: auto, bf16, fp16 or fp32.
+    device: auto, cpu, cuda or cuda:N; dtype, which is computed in: auto, bf16, fp16 or fp32.
+    compute_type, which the weights have: auto (as they are stored), a dtype, int8, int8-gN, int4, int4-gN (N is 128,
+    64 or 32), llm-int8 or nf4; 16-bit weights are quantised while they are read. threshold goes with llm-int8.
     Raises ModelError (not found, damaged, another architecture), ResourceError (device, memory),
     OptionError and MissingDependencyError (no torch).
     """
-    placement = choose(device, dtype)
+    recipe = recipe_for(compute_type, threshold)
+    placement = choose(device, _dtype(compute_type, dtype))
     folder = resolve_model(str(model), hub or HubOptions())
     config = read_config(folder)
     tokenizer = Tokenizer.from_folder(folder)
     check_vocabulary(config, tokenizer)
-    return Transcriber(_torch_engine(folder, config, tokenizer, placement), tokenizer, config)
+    return Transcriber(_torch_engine(folder, config, tokenizer, placement, recipe), tokenizer, config)
 
 
 class Transcriber:
@@ -134,13 +145,24 @@ def check_vocabulary(config: ModelConfig, tokenizer: Tokenizer) -> None:
         )
 
 
-def _torch_engine(folder: Path, config: ModelConfig, tokenizer: Tokenizer, placement: Placement) -> Engine:
+def _dtype(compute_type: str, dtype: str) -> str:
+    """The dtype that both ask for."""
+    if compute_type not in DTYPES:
+        return dtype
+    if dtype not in ("auto", compute_type):
+        raise OptionError(f"compute type {compute_type} and dtype {dtype} contradict each other: give one of them")
+    return compute_type
+
+
+def _torch_engine(
+    folder: Path, config: ModelConfig, tokenizer: Tokenizer, placement: Placement, recipe: Recipe
+) -> Engine:
     # Here and not above, so that `from quasr import Transcriber` costs no torch.
     from quasr.engine.torch_engine import TorchEngine
-    from quasr.weights.load import load_model
+    from quasr.quant.store import load_network
 
-    network = load_model(folder, config, placement.dtype, placement.device)
-    return TorchEngine(network, stop_ids(config, tokenizer), placement)
+    network, scheme = load_network(folder, config, recipe, placement.dtype, placement.device)
+    return TorchEngine(network, stop_ids(config, tokenizer), placement, scheme)
 
 
 def _checked(options: TranscribeOptions, overrides: dict[str, object]) -> TranscribeOptions:

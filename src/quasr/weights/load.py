@@ -13,20 +13,21 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from quasr.errors import CheckpointError, ResourceError
 from quasr.model.asr import Qwen3ASR
 from quasr.model.config import read_json
 from quasr.weights.layout import EMBEDDING, HEAD, checkpoint_name, name_table, other_layout
-from quasr.weights.shard import AGAIN, FLOATS, Shard
+from quasr.weights.shard import AGAIN, DTYPES, FLOATS, Shard
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
     from pathlib import Path
 
     from quasr.model.config import Layout, ModelConfig
+    from quasr.weights.shard import Entry
 
 logger = logging.getLogger(__name__)
 
@@ -38,28 +39,48 @@ QUANTISED_ENDINGS = (".SCB", ".absmax", ".quant_map", ".weight_packed", ".weight
 NOT_QUANTISED = "quasr reads unquantised checkpoints only: give the original bf16 folder"
 
 
-def load_model(folder: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Qwen3ASR:
+def assign(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Gives a parameter or buffer of `model` its tensor."""
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    parameter = leaf in dict(module.named_parameters(recurse=False))
+    setattr(module, leaf, nn.Parameter(tensor, requires_grad=False) if parameter else tensor)
+
+
+def load_model(
+    folder: Path,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    prepare: Callable[[Qwen3ASR, Mapping[str, Entry]], None] | None = None,
+    place: Callable[[Qwen3ASR, str, Tensor], None] = assign,
+) -> Qwen3ASR:
     """Builds the network of `config` and fills it from `folder`, converted to `dtype`, on `device`.
 
     The result is in evaluation mode and takes no gradients. Reads `model.safetensors`, or the shards that
     `model.safetensors.index.json` names, in either layout of names.
+    `prepare` knows what is stored and may exchange layers of the network before anything is compared, for a folder
+    that holds them quantised; floats that a layer then declares in another type than `dtype` keep that.
+    `place` puts each tensor into the network as soon as it is read, and may quantise it on the way.
     Raises CheckpointError for missing, unknown, misshapen, quantised or corrupt tensors, ResourceError where memory
     runs out.
     """
-    _refuse_quantised_config(folder)
+    if prepare is None:
+        _refuse_quantised_config(folder)
     with ExitStack() as stack:
         stored = _open_shards(folder, stack)
-        _refuse_quantised_names(folder, stored)
-        model = _build(folder, config, len(stored))
+        if prepare is None:
+            _refuse_quantised_names(folder, stored)
+        model = _build(folder, config, len(stored)).to(dtype)
+        if prepare is not None:
+            prepare(model, {name: shard.entries[name] for name, shard in stored.items()})
         table = _match_names(folder, config, model, stored)
         _check_tensors(folder, model, table, stored)
         if config.text.tied_head:
             _check_tied_head(folder, table, stored)
-        tensors = {
-            name: _read(stored[table[name]], table[name], meta.shape, dtype, device)
-            for name, meta in model.state_dict().items()
-        }
-    model.load_state_dict(tensors, strict=True, assign=True)
+        for name, meta in model.state_dict().items():
+            place(model, name, _read(stored[table[name]], table[name], meta.shape, meta.dtype, device))
     return model.requires_grad_(False).eval()
 
 
@@ -182,10 +203,16 @@ def _check_tensors(folder: Path, model: Qwen3ASR, table: Mapping[str, str], stor
         entry = stored[name].entries[name]
         if entry.shape != tuple(meta.shape):
             wrong.append(f"{name} is {list(entry.shape)} where {list(meta.shape)} is expected")
-        elif entry.dtype not in FLOATS:
-            wrong.append(f"{name} is {entry.dtype} where a float type is expected")
+        elif not _fits(entry, meta.dtype):
+            expected = "a float type" if meta.dtype.is_floating_point else str(meta.dtype).removeprefix("torch.")
+            wrong.append(f"{name} is {entry.dtype} where {expected} is expected")
     if wrong:
         raise CheckpointError(f"{folder} does not fit its config.json: {_some(wrong)}: {AGAIN}")
+
+
+def _fits(entry: Entry, dtype: torch.dtype) -> bool:
+    """Floats of any width serve for each other; whole numbers must be what the layer packs."""
+    return entry.dtype in FLOATS if dtype.is_floating_point else DTYPES.get(entry.dtype) == dtype
 
 
 def _check_tied_head(folder: Path, table: Mapping[str, str], stored: Mapping[str, Shard]) -> None:

@@ -6,6 +6,7 @@ import errno
 import json
 import shutil
 import uuid
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,20 +41,36 @@ def save_model(
     replaced and its other files (tokenizer, model card) kept. A tied head is not written twice.
     Raises ResourceError where the disk is full or may not be written.
     """
+    with fresh_folder(folder) as fresh:
+        _write_weights(model, fresh, layout, dtype, max_shard_bytes)
+        write_json(fresh / "config.json", config)
+        if folder.is_dir():
+            _keep_others(folder, fresh)
+
+
+@contextmanager
+def fresh_folder(folder: Path) -> Iterator[Path]:
+    """A hidden sibling that takes the place of `folder` when the block ends, and is gone if the block fails.
+
+    Raises ResourceError where the disk is full or may not be written.
+    """
     fresh = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
     try:
         fresh.mkdir(parents=True)
-        _write_weights(model, fresh, layout, dtype, max_shard_bytes)
-        _write_json(fresh / "config.json", config)
-        if folder.is_dir():
-            _keep_others(folder, fresh)
+        yield fresh
         _swap(fresh, folder)
     except (OSError, SafetensorError) as error:
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-        reason = "the disk is full" if full else str(error)
-        raise ResourceError(f"cannot write the checkpoint {folder}: {reason}") from error
+        raise ResourceError(f"cannot write the checkpoint {folder}: {_reason(error)}") from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _reason(error: OSError | SafetensorError) -> str:
+    """One line. Safetensors tells the system's error number in its text only."""
+    codes = (errno.ENOSPC, errno.EDQUOT)
+    if getattr(error, "errno", None) in codes or any(f"os error {code})" in str(error) for code in codes):
+        return "the disk is full: make room, or write elsewhere"
+    return str(error)
 
 
 def _write_weights(model: Qwen3ASR, folder: Path, layout: Layout, dtype: torch.dtype, max_shard_bytes: int) -> None:
@@ -68,7 +85,7 @@ def _write_weights(model: Qwen3ASR, folder: Path, layout: Layout, dtype: torch.d
         index.update(dict.fromkeys(tensors, file))
     if len(shards) > 1:
         total = sum(value.numel() for value in parameters.values()) * dtype.itemsize
-        _write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": index})
+        write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": index})
 
 
 def _group(parameters: dict[str, Tensor], limit: int) -> Iterator[list[str]]:
@@ -85,7 +102,8 @@ def _group(parameters: dict[str, Tensor], limit: int) -> Iterator[list[str]]:
     yield group
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """An object in UTF-8."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -34,6 +34,9 @@ ITEM_BYTES |= {f"{sign}{bits}": bits // 8 for sign in "IU" for bits in (8, 16, 3
 FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 """The stored types that a network's weights may have."""
 
+DTYPES = FLOATS | {"I8": torch.int8, "U8": torch.uint8}
+"""With those of quantised weights."""
+
 AGAIN = "download the checkpoint again"
 
 
@@ -76,7 +79,7 @@ class Shard:
         """The tensor as flat pieces in order, in the stored dtype. A piece is valid until the next one is taken."""
         for piece in self.raw(name):
             # Copied as bytes: nothing in the format aligns a tensor to its item size.
-            yield self._buffer[: len(piece)].copy_(piece).view(FLOATS[self.entries[name].dtype])
+            yield self._buffer[: len(piece)].copy_(piece).view(DTYPES[self.entries[name].dtype])
 
     def _release(self, start: int, size: int) -> None:
         """Drops the pages of a slice from resident memory, on systems that can."""

@@ -1,0 +1,102 @@
+"""`quasr quantize`: a checkpoint in 8 or 4 bits, as a folder that loads without conversion."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path  # noqa: TC003  (Typer reads the annotations)
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from quasr.cli.options import (  # noqa: TC001  (Typer reads the annotations)
+    DeviceOption,
+    HubOption,
+    OfflineOption,
+    RevisionOption,
+    ThresholdOption,
+)
+from quasr.cli.terminal import aligned, megabytes, note, result
+from quasr.errors import OptionError
+
+if TYPE_CHECKING:
+    from quasr.engine.device import Placement
+    from quasr.model.config import ModelConfig
+    from quasr.quant.recipe import Recipe, Row
+
+METHODS = ("rtn",)
+"""How weights become codes. rtn: rounding to nearest."""
+
+COLUMNS = ("layers", "scheme", "count", "parameters", "bytes")
+
+
+def quantize(
+    model: Annotated[str, typer.Argument(help="'demo', a checkpoint folder, or a hub id.", show_default=False)],
+    to: Annotated[str, typer.Option("--to", help="int8, int8-g64, int4, int4-g64, llm-int8, nf4, ...")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write; it must not exist.")],
+    group: Annotated[
+        int | None, typer.Option("--group", help="Weights that share a scale, for int8 and int4: 128, 64 or 32.")
+    ] = None,
+    rule: Annotated[
+        list[str] | None,
+        typer.Option("--rule", help="PATTERN=SCHEME for some layers, such as 'decoder.layers.0.*=int8'. Repeatable."),
+    ] = None,
+    method: Annotated[str, typer.Option("--method", help="rtn: round to nearest.")] = "rtn",
+    threshold: ThresholdOption = None,
+    device: DeviceOption = "auto",
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="Of scales and of what is not quantised. auto: the checkpoint's, or bf16.")
+    ] = "auto",
+    hub: HubOption = "huggingface",
+    revision: RevisionOption = None,
+    offline: OfflineOption = False,
+) -> int:
+    """Quantise a checkpoint and save it as a folder."""
+    from quasr.engine.device import choose
+    from quasr.model.config import read_config
+    from quasr.quant.recipe import recipe_for
+    from quasr.weights.hub import HubOptions, resolve
+
+    recipe = recipe_for(to if group is None else f"{to}-g{group}", threshold, rule or ())
+    _check(recipe, method)
+    source = resolve(model, HubOptions(hub=hub, revision=revision, offline=offline))
+    config = read_config(source)
+    _quantise(source, config, recipe, output, method, choose(device, _dtype(dtype, config)))
+    return 0
+
+
+def _check(recipe: Recipe, method: str) -> None:
+    if method not in METHODS:
+        raise OptionError(f"unknown method {method!r}: there is {', '.join(METHODS)}")
+    if not recipe.rules:
+        raise OptionError(f"--to {recipe.name} quantises nothing: say int8, int4, or add a --rule")
+
+
+def _dtype(asked: str, config: ModelConfig) -> str:
+    """Floats are stored in 16 bits unless more is asked for."""
+    if asked != "auto":
+        return asked
+    return "fp16" if config.dtype == "float16" else "bf16"
+
+
+def _quantise(
+    source: Path, config: ModelConfig, recipe: Recipe, output: Path, method: str, placement: Placement
+) -> None:
+    from quasr.quant.apply import load_quantising
+    from quasr.quant.recipe import NO_RECIPE
+    from quasr.quant.store import check_output, check_unquantised, save_quantised
+
+    check_unquantised(source)
+    check_output(output)
+    item = placement.dtype.itemsize
+    result(aligned([COLUMNS, *map(_cells, recipe.table(config, item))]))
+    started = time.perf_counter()
+    network = load_quantising(source, config, recipe, placement.dtype, placement.device)
+    loaded = time.perf_counter()
+    save_quantised(network, recipe, source, output, {"method": method})
+    before, after = NO_RECIPE.weight_bytes(config, item), sum(tensor.nbytes for tensor in network.state_dict().values())
+    result(f"{megabytes(before)} before, {megabytes(after)} after: {after / before:.1%}")
+    note(f"wrote {output}: quantised in {loaded - started:.1f} s, saved in {time.perf_counter() - loaded:.1f} s")
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    return row.pattern, row.scheme, str(row.layers or "-"), f"{row.parameters:,}", megabytes(row.bytes)
