@@ -50,6 +50,12 @@ class Strength:
     frequency_width: int = 32
     time_masks_each_second: float = 0.6
     time_width: int = 28
+    starts: float = 0.04
+    full: float = 0.14
+
+    def level(self, progress: float) -> float:
+        """0 to 1: clean audio first, because an untrained CTC head learns nothing from audio that is altered hard."""
+        return min(1.0, max(0.0, (progress - self.starts) / (self.full - self.starts)))
 
 
 class Frontend:
@@ -57,6 +63,7 @@ class Frontend:
 
     def __init__(self, samples: Tensor, rooms: list[np.ndarray], strength: Strength) -> None:
         self.samples, self.strength, self.device = samples, strength, samples.device
+        self.level = 1.0
         self.window = torch.hann_window(FFT, device=self.device)
         warps = np.linspace(1 - WIDEST_WARP, 1 + WIDEST_WARP, WARPS)
         banks = np.stack([filterbank(float(warp)) for warp in warps]).astype(np.float32)
@@ -109,7 +116,7 @@ class Frontend:
     def disturb(self, audio: Tensor, batch: Batch) -> Tensor:
         """Room, noise at 0 to 30 dB, hiss, loudness."""
         t, size = batch.tensors, len(audio)
-        if torch.rand(()) < self.strength.room * 2:
+        if torch.rand(()) < self.strength.room * 2 * self.level:
             audio = self.reverberate(audio)
         level = audio.square().sum(1).div(t["samples"]).sqrt()[:, None] + 1e-5
         offset = (torch.rand(size, 1, device=self.device) * t["noise_length"][:, None]).long()
@@ -117,7 +124,7 @@ class Frontend:
         noise = self.samples[t["noise_start"][:, None] + turn].float()
         noise = noise / (noise.square().mean(1, keepdim=True).sqrt() + 1e-5)
         ratio = 10 ** (-(torch.rand(size, 1, device=self.device) * 30) / 20)
-        use = (torch.rand(size, 1, device=self.device) < self.strength.noise).float()
+        use = (torch.rand(size, 1, device=self.device) < self.strength.noise * self.level).float()
         audio = audio + noise * level * ratio * use
         hiss = 10 ** (-(torch.rand(size, 1, device=self.device) * 45 + 25) / 20)
         audio = audio + torch.randn_like(audio) * (level + 1e-3) * hiss
@@ -141,7 +148,7 @@ class Frontend:
         middle = WARPS // 2
         pick = torch.full((len(audio),), middle, device=self.device)
         if train:
-            use = torch.rand(len(audio), device=self.device) < self.strength.warp
+            use = torch.rand(len(audio), device=self.device) < self.strength.warp * self.level
             pick = torch.where(use, torch.randint(WARPS, pick.shape, device=self.device), pick)
         mel = torch.bmm(self.banks[pick], power).clamp_(min=1e-10).log10_()
         inside = torch.arange(mel.shape[2], device=self.device) < frames[:, None]
@@ -151,22 +158,22 @@ class Frontend:
     def mask(self, mel: Tensor, frames: Tensor) -> Tensor:
         """SpecAugment (Park et al. 2019) with the row's mean, after a smooth random tilt of the spectrum."""
         size, bins, width = mel.shape
-        knots = torch.randn(size, 1, 6, device=self.device) * 0.06
+        knots = torch.randn(size, 1, 6, device=self.device) * 0.06 * self.level
         mel = mel + F.interpolate(knots, bins, mode="linear", align_corners=True).transpose(1, 2)
         mean = mel.mean((1, 2), keepdim=True)
         band = torch.arange(bins, device=self.device)[None, :, None]
         hidden = torch.zeros(size, bins, 1, dtype=torch.bool, device=self.device)
         for _ in range(self.strength.frequency_masks):
-            low, wide = self._span(size, torch.full((size,), bins, device=self.device), self.strength.frequency_width)
+            low, wide = self._span(size, torch.full((size,), bins, device=self.device), self.strength.frequency_width * self.level)
             hidden = hidden | ((band >= low) & (band < low + wide))
         clock = torch.arange(width, device=self.device)[None, None]
         gone = torch.zeros(size, 1, width, dtype=torch.bool, device=self.device)
         for _ in range(max(1, round(self.strength.time_masks_each_second * width / 100))):
-            low, wide = self._span(size, frames, self.strength.time_width)
+            low, wide = self._span(size, frames, self.strength.time_width * self.level)
             gone = gone | ((clock >= low) & (clock < low + wide))
         return torch.where(hidden | gone, mean, mel)
 
-    def _span(self, size: int, limit: Tensor, widest: int) -> tuple[Tensor, Tensor]:
+    def _span(self, size: int, limit: Tensor, widest: float) -> tuple[Tensor, Tensor]:
         wide = torch.rand(size, device=self.device) * widest
         low = torch.rand(size, device=self.device) * (limit - wide).clamp(min=1)
         return low[:, None, None], wide[:, None, None]

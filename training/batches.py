@@ -57,8 +57,8 @@ class Mix:
 
 
 DEFAULT_MIX = Mix(
-    start={"librispeech": 12, "speechocean762": 12, "ljspeech": 4, "fsdd": 3, "zh_words": 2, "en": 58, "zh": 4, "noise": 3},
-    end={"librispeech": 30, "speechocean762": 17, "ljspeech": 6, "fsdd": 4, "zh_words": 3, "en": 33, "zh": 3, "noise": 4},
+    start={"librispeech": 8, "speechocean762": 10, "ljspeech": 3, "fsdd": 3, "zh_words": 2, "en": 67, "zh": 3, "noise": 4},
+    end={"librispeech": 20, "speechocean762": 14, "ljspeech": 5, "fsdd": 4, "zh_words": 2, "en": 48, "zh": 3, "noise": 4},
 )
 
 
@@ -155,6 +155,13 @@ class Sampler(IterableDataset[Batch]):
             if len(waiting[seconds]) >= self.budget // seconds:
                 yield self.build(waiting.pop(seconds), seconds, rng)
 
+    def filler(self, seconds: int) -> Batch:
+        """A batch of a bucket's shape, of whatever clip is short enough: what a graph is captured with."""
+        rng = random.Random(0)
+        index = next(i for i in self.pools["speechocean762"] if self.clips[i].length < 2 * RATE)
+        example = Example([Piece(index, 1.0, 0)], self.clips[index].length, self.clips[index].language)
+        return self.build([example] * int(self.budget // seconds), seconds, rng)
+
     def _fits(self, example: Example) -> bool:
         tokens = sum(len(self.vocabulary.later[piece.clip]) for piece in example.pieces)
         return tokens + 8 <= answer_room(max(BUCKETS[0], example.samples // RATE))
@@ -166,7 +173,7 @@ class Sampler(IterableDataset[Batch]):
         index = rng.choice(self.pools[pool])
         language = self.clips[index].language
         pieces, end = [], rng.randint(0, RATE) if rng.random() < 0.5 else rng.randint(0, RATE // 8)
-        many = pool == "fsdd" or rng.random() < self.mix.join
+        many = pool == "fsdd" or rng.random() < self.mix.join * min(1.0, float(self.progress) / 0.12)
         target = rng.uniform(1, 6) if pool == "fsdd" else rng.uniform(4, self.mix.longest)
         speed = rng.uniform(0.88, 1.15)
         start = end

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from augment import Frontend, Strength, check_frontend
-from batches import IGNORE, LETTERS, Batch, Example, Piece, Sampler, Vocabulary
+from batches import BUCKETS, IGNORE, LETTERS, Batch, Example, Piece, Sampler, Vocabulary
 from corpus import RATE, Clip, read_parts, spoken
 from tokenizers import Tokenizer
 from torch import Tensor, nn
@@ -441,8 +441,6 @@ class Run:
             self.device = torch.device("cpu")
         else:
             torch.cuda.set_device(self.device)
-        if self.world > 1:
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
         torch.manual_seed(recipe.seed)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         tokenizer = Tokenizer.from_file(str(arguments.tokenizer))
@@ -470,6 +468,10 @@ class Run:
         self.average_flat = Flat(self.average)
         self.shaped: dict[int, nn.Module] = {}
         torch.manual_seed(recipe.seed * 7919 + self.rank)
+        for seconds in BUCKETS if self.device.type == "cuda" else ():
+            self._losses(self.sampler.filler(seconds).to(self.device))
+        if self.world > 1:  # after the graphs are captured: a collective's watchdog may break a capture
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
         if self.rank == 0:
             hours = {}
             for clip in clips:
@@ -501,6 +503,7 @@ class Run:
             way = elapsed / span
             progress = self.recipe.progress_from + way * (self.recipe.progress_to - self.recipe.progress_from)
             self.progress.fill_(progress)
+            self.frontend.level = self.frontend.strength.level(progress)
             batch = next(loader).to(self.device)
             seen += batch.seconds * len(batch.tensors["samples"])
             losses, norm = self._step(batch, schedule(progress, self.recipe), step)
