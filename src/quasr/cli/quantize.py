@@ -60,6 +60,7 @@ def quantize(
     _check(recipe, method)
     source = resolve(model, HubOptions(hub=hub, revision=revision, offline=offline))
     config = read_config(source)
+    recipe.assign(config)
     _quantise(source, config, recipe, output, method, choose(device, _dtype(dtype, config)))
     return 0
 

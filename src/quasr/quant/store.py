@@ -84,6 +84,8 @@ def save_quantised(
         for name, text in (files or {}).items():
             (fresh / name).write_text(text, encoding="utf-8")
         write_json(fresh / METADATA_FILE, {**asdict(saved), "recipe": recipe.to_json()})
+        # Safetensors makes files that only their owner may read.
+        shutil.copymode(fresh / METADATA_FILE, fresh / SINGLE_FILE)
 
 
 def check_output(output: Path) -> None:
