@@ -30,8 +30,8 @@ SHRINK = (1.0, 0.9, 0.8)
 SMALLEST_SCALE = 2.0**-24
 """fp16's smallest number: a scale may not round to zero."""
 
-BLOCK_NUMBERS = 1 << 23
-"""Weights that are quantised at once: bounds the fp32 copies, 32 MB each."""
+BLOCK_NUMBERS = 1 << 20
+"""Weights that are quantised at once: bounds the fp32 copies, 4 MB each."""
 
 
 def quantise_int8(weight: Tensor, group: int = 0) -> tuple[Tensor, Tensor]:
