@@ -86,6 +86,7 @@ class ModelConfig:
     audio_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     dtype: str = "bfloat16"
+    languages: tuple[str, ...] = ()
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -137,6 +138,7 @@ def parse_config(raw: dict[str, Any]) -> ModelConfig:
         layout="original" if thinker is not None else "hf",
         audio_token_id=_maybe_int(body.get("audio_token_id")),
         eos_token_ids=_ids(raw.get("eos_token_id", body.get("eos_token_id"))),
+        languages=tuple(map(str, raw.get("support_languages") or ())),
         dtype=str(body.get("dtype") or body.get("torch_dtype") or raw.get("dtype") or "bfloat16"),
     )
     _check(config)

@@ -104,7 +104,8 @@ class Transcriber:
     ) -> Iterator[Transcript | AudioError]:
         """A transcript for each input, lazily and in order; an input that fails gives its AudioError in its place."""
         chosen = _checked(options or TranscribeOptions(), overrides)
-        language = None if chosen.language is None else resolve_language(chosen.language)
+        known = self._config.languages
+        language = None if chosen.language is None else resolve_language(chosen.language, known)
         setup = Setup(
             tokenizer=self._tokenizer,
             prompt=build_prompt(self._tokenizer, chosen.context, language),
