@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
-from train import Recipe, architecture
 
 from quasr.model.asr import Qwen3ASR
 from quasr.model.config import parse_config
 from quasr.weights.save import save_model
+from train import Recipe, architecture
 
 
 def main() -> None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from batches import Batch
-from corpus import RATE
 from torch import Tensor
 
+from corpus import RATE
 from quasr.audio.mel import log_mel
+
+if TYPE_CHECKING:
+    from batches import Batch
 
 FFT, HOP, BINS = 400, 160, 128
 WARPS = 25
@@ -164,7 +167,9 @@ class Frontend:
         band = torch.arange(bins, device=self.device)[None, :, None]
         hidden = torch.zeros(size, bins, 1, dtype=torch.bool, device=self.device)
         for _ in range(self.strength.frequency_masks):
-            low, wide = self._span(size, torch.full((size,), bins, device=self.device), self.strength.frequency_width * self.level)
+            low, wide = self._span(
+                size, torch.full((size,), bins, device=self.device), self.strength.frequency_width * self.level
+            )
             hidden = hidden | ((band >= low) & (band < low + wide))
         clock = torch.arange(width, device=self.device)[None, None]
         gone = torch.zeros(size, 1, width, dtype=torch.bool, device=self.device)

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from corpus import RATE, Clip, spoken
 from torch.utils.data import IterableDataset
+
+from corpus import RATE, Clip, spoken
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,6 +26,7 @@ BUCKETS = (2, 4, 6, 8, 16, 24, 32)
 
 PROMPT_ROOM = 52
 CONTEXT_ROOM = 24
+
 
 def answer_room(seconds: int) -> int:
     """Most answer tokens of a clip of `seconds`; an example with more is left out."""
@@ -57,8 +59,26 @@ class Mix:
 
 
 DEFAULT_MIX = Mix(
-    start={"librispeech": 8, "speechocean762": 10, "ljspeech": 3, "fsdd": 3, "zh_words": 2, "en": 67, "zh": 3, "noise": 4},
-    end={"librispeech": 20, "speechocean762": 14, "ljspeech": 5, "fsdd": 4, "zh_words": 2, "en": 48, "zh": 3, "noise": 4},
+    start={
+        "librispeech": 8,
+        "speechocean762": 10,
+        "ljspeech": 3,
+        "fsdd": 3,
+        "zh_words": 2,
+        "en": 67,
+        "zh": 3,
+        "noise": 4,
+    },
+    end={
+        "librispeech": 20,
+        "speechocean762": 14,
+        "ljspeech": 5,
+        "fsdd": 4,
+        "zh_words": 2,
+        "en": 48,
+        "zh": 3,
+        "noise": 4,
+    },
 )
 
 
@@ -232,7 +252,7 @@ class Sampler(IterableDataset[Batch]):
     def _tokens(self, examples: list[Example], seconds: int, rng: random.Random) -> dict[str, torch.Tensor]:
         """Prompt, audio places and answer for each row, all of the bucket's fixed widths.
 
-        `audio_row` counts a row's audio tokens, -1 for text; `asked` holds the positions whose next token is in `labels`.
+        `audio_row` counts a row's audio tokens, -1 for text; `asked` holds the positions that predict `labels`.
         """
         rows, places, asked, labels = [], [], [], []
         for example in examples:
@@ -258,7 +278,13 @@ class Sampler(IterableDataset[Batch]):
         context = words.text(self._context(example, rng))[:CONTEXT_ROOM] if rng.random() < 0.12 else []
         forced = example.language != "None" and rng.random() < 0.25
         head = [*words.text(f"language {example.language}"), words.id("<asr_text>")]
-        prefix = [words.id("<|im_start|>"), *words.text("system\n"), *context, words.id("<|im_end|>"), *words.text("\n")]
+        prefix = [
+            words.id("<|im_start|>"),
+            *words.text("system\n"),
+            *context,
+            words.id("<|im_end|>"),
+            *words.text("\n"),
+        ]
         prefix += [words.id("<|im_start|>"), *words.text("user\n"), words.id("<|audio_start|>")]
         suffix = [words.id("<|audio_end|>"), words.id("<|im_end|>"), *words.text("\n"), words.id("<|im_start|>")]
         suffix += words.text("assistant\n")
@@ -284,7 +310,7 @@ class Sampler(IterableDataset[Batch]):
         return " ".join(words)
 
     def _ctc(self, examples: list[Example], seconds: int) -> dict[str, torch.Tensor]:
-        """Targets of both auxiliary losses, (batch, longest), and their lengths; rows that are not English have none."""
+        """Targets of both auxiliary losses, (batch, longest), and their lengths; only English rows have some."""
         english = [[p.clip for p in e.pieces] if e.language == "English" else [] for e in examples]
         spoken_rows = [[int(t) for c in clips for t in self.vocabulary.spoken[c]] for clips in english]
         letter_rows = [[int(t) for c in clips for t in self.vocabulary.letters[c]] for clips in english]

@@ -7,9 +7,12 @@ import lzma
 import re
 import unicodedata
 from dataclasses import dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 RATE = 16_000
 DEV_SPEAKERS = {"ls1088", "so0001", "so0011", "so0021", "so0031", "so0041", "so0051"}
@@ -78,9 +81,7 @@ def read_parts(folder: Path, names: list[str]) -> tuple[list[np.ndarray], list[C
         for line in (folder / f"{name}.jsonl").open():
             row = json.loads(line)
             dev = is_dev(row, len(clips))
-            clips.append(
-                Clip(start, row["length"], row["text"], row["language"], row["speaker"], row["source"], dev)
-            )
+            clips.append(Clip(start, row["length"], row["text"], row["language"], row["speaker"], row["source"], dev))
             start += row["length"]
         buffers.append(np.memmap(folder / f"{name}.i16", dtype="<i2", mode="r"))
         offset += len(buffers[-1])

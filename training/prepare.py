@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import soundfile
-from corpus import NOISE_TEST_EVERY, RATE, is_chinese, write_part, written
 from scipy.signal import resample_poly
+
+from corpus import NOISE_TEST_EVERY, RATE, is_chinese, write_part, written
 
 RUN = 200
 
@@ -52,7 +53,7 @@ def packed_jobs(folder: Path) -> list[tuple[Path, list[dict[str, str]]]]:
 
 
 def noise_rows(folder: Path) -> list[tuple[np.ndarray, dict[str, object]]]:
-    """Every fifth file is kept for the test of `language None`; a file that libsndfile refuses is named and left out."""
+    """Every fifth file is kept for the test of `language None`; a file that libsndfile refuses is left out."""
     rows = []
     for number, path in enumerate(sorted([*(folder / "esc10").glob("*.opus"), *(folder / "music").glob("*.opus")])):
         row = {"text": "", "language": "None", "speaker": "noise", "source": "noise", "name": path.name}

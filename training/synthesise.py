@@ -13,8 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import soundfile
-from corpus import RATE, chinese_sentences, english_sentences, write_part
 from scipy.signal import resample_poly
+
+from corpus import RATE, chinese_sentences, english_sentences, write_part
 
 ACCENTS = ("en-us", "en-gb", "en-gb-x-rp", "en-gb-scotland", "en-gb-x-gbclan", "en-gb-x-gbcwmd", "en-029", "en-us-nyc")
 VARIANTS = ("m1", "m2", "m3", "m4", "m5", "m6", "m7", "f1", "f2", "f3", "f4", "f5", "klatt", "klatt2", "klatt3")
@@ -80,9 +81,7 @@ def run_part(job: tuple[int, list[str], Path, Path, float]) -> float:
             if spoken is None:
                 continue
             language = "Chinese" if chinese else "English"
-            rows.append(
-                (spoken[0], {"text": text, "language": language, "speaker": spoken[1], "source": "synthetic"})
-            )
+            rows.append((spoken[0], {"text": text, "language": language, "speaker": spoken[1], "source": "synthetic"}))
     write_part(output, f"synthetic{number:05d}", rows)
     (output / f"synthetic{number:05d}.done").touch()
     return sum(len(row[0]) for row in rows) / RATE
@@ -111,9 +110,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=240.0, help="start no part after this long")
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
-    texts = choose_texts(
-        arguments.text_folder, arguments.english, arguments.chinese, arguments.digits, arguments.seed
-    )
+    texts = choose_texts(arguments.text_folder, arguments.english, arguments.chinese, arguments.digits, arguments.seed)
     deadline = time.time() + arguments.seconds
     jobs = [
         (start // PART_CLIPS, texts[start : start + PART_CLIPS], arguments.tool, arguments.output, deadline)

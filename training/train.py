@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import os
+import random
 import time
 from copy import deepcopy
 from dataclasses import asdict, dataclass
@@ -15,12 +16,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from augment import Frontend, Strength, check_frontend
-from batches import BUCKETS, IGNORE, LETTERS, Batch, Example, Piece, Sampler, Vocabulary
-from corpus import RATE, Clip, read_parts, spoken
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from augment import Frontend, Strength, check_frontend
+from batches import BUCKETS, IGNORE, LETTERS, Batch, Example, Piece, Sampler, Vocabulary
+from corpus import RATE, Clip, read_parts, spoken
 from quasr.model.asr import Qwen3ASR
 from quasr.model.config import ModelConfig, parse_config
 from quasr.model.decoder import KVCache
@@ -128,7 +129,7 @@ class Learner(nn.Module):
                     nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * len(layers)))
 
     def _regularise(self) -> None:
-        """Dropout on every branch's output and whole-branch dropping in the encoder, as hooks: the network has neither."""
+        """Dropout on every branch's output and whole-branch dropping in the encoder, as hooks on the network."""
         encoder, decoder = self.network.encoder.layers, self.network.decoder.layers
         for depth, layer in enumerate(encoder):
             path = self.recipe.encoder_drop_path * (depth + 1) / len(encoder)
@@ -140,7 +141,7 @@ class Learner(nn.Module):
                 module.register_forward_hook(self._drop(self.recipe.dropout, 0.0))
         encoder[len(encoder) * 5 // 8 - 1].register_forward_hook(self._keep)
 
-    def _drop(self, rate: float, path: float):  # noqa: ANN202
+    def _drop(self, rate: float, path: float):
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
             if not module.training:
                 return None
@@ -313,9 +314,7 @@ class Optimiser:
             else:
                 plain.append(parameter)
         groups = [{"params": others, "weight_decay": recipe.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-        self.adam = torch.optim.AdamW(
-            groups, lr=recipe.rate, betas=(0.9, 0.98), eps=1e-8, fused=device.type == "cuda"
-        )
+        self.adam = torch.optim.AdamW(groups, lr=recipe.rate, betas=(0.9, 0.98), eps=1e-8, fused=device.type == "cuda")
         self.muon = Muon(matrices, recipe.weight_decay)
 
     def step(self, scale: float) -> None:
@@ -380,7 +379,7 @@ class Examiner:
         network, device = self.rounded, frontend.device
         examples = [Example([Piece(row, 1.0, 0)], self.clips[row].length, "English") for row in rows]
         seconds = math.ceil(max(example.samples for example in examples) / RATE)
-        tensors = self.sampler._audio(examples, __import__("random").Random(0))
+        tensors = self.sampler._audio(examples, random.Random(0))
         mel, frames = frontend.features(Batch(seconds, tensors).to(device), train=False)
         words = self.sampler.vocabulary
         prefix = [words.id("<|im_start|>"), *words.text("system\n"), words.id("<|im_end|>"), *words.text("\n")]
@@ -418,7 +417,9 @@ def load_corpus(folder: Path, device: torch.device) -> tuple[Tensor, list[Clip]]
 
 def save_weights(network: Qwen3ASR, path: Path) -> None:
     """The averaged weights alone, in bf16, in parts that are small enough to carry."""
-    state = {name: tensor.detach().to(torch.bfloat16).cpu().contiguous() for name, tensor in network.state_dict().items()}
+    state = {
+        name: tensor.detach().to(torch.bfloat16).cpu().contiguous() for name, tensor in network.state_dict().items()
+    }
     part: dict[str, Tensor] = {}
     number = size = 0
     for name, tensor in state.items():
@@ -450,7 +451,12 @@ class Run:
         samples, clips = load_corpus(arguments.corpus, self.device)
         self.progress = torch.zeros(()).share_memory_()
         self.sampler = Sampler(
-            clips, Vocabulary(tokenizer, clips), self.config.audio, recipe.budget, recipe.seed * 64 + self.rank, self.progress
+            clips,
+            Vocabulary(tokenizer, clips),
+            self.config.audio,
+            recipe.budget,
+            recipe.seed * 64 + self.rank,
+            self.progress,
         )
         self.examiner = Examiner(clips, self.sampler, tokenizer, arguments.dev_clips)
         rooms = list(np.load(arguments.corpus / "rooms.npz").values())
@@ -478,7 +484,7 @@ class Run:
                 hours[clip.source] = hours.get(clip.source, 0) + clip.length / RATE / 3600
             parameters = sum(parameter.numel() for parameter in self.learner.network.parameters())
             error = check_frontend(self.frontend, np.random.default_rng(0).standard_normal(RATE * 3).astype(np.float32))
-            print(f"{parameters / 1e6:.2f} M parameters, hours {({k: round(v, 2) for k, v in hours.items()})}")
+            print(f"{parameters / 1e6:.2f} M parameters, hours { ({k: round(v, 2) for k, v in hours.items()}) }")
             print(f"front end within {error:.2e} of the package's; {json.dumps(asdict(recipe))}", flush=True)
 
     def run(self) -> None:
@@ -511,14 +517,21 @@ class Run:
             if self.rank == 0 and step % self.arguments.print_every == 0:
                 text = " ".join(f"{name} {float(loss.detach()):.3f}" for name, loss in losses.items())
                 rate = seen / (time.time() - last)
-                print(f"{elapsed:6.0f} s step {step} {progress:.2f} {text} norm {float(norm):.2f} {rate:.0f} s/s", flush=True)
+                print(
+                    f"{elapsed:6.0f} s step {step} {progress:.2f} {text} norm {float(norm):.2f} {rate:.0f} s/s",
+                    flush=True,
+                )
                 last, seen = time.time(), 0.0
             if elapsed > next_look:
                 next_look += self.arguments.look_every
                 self._look(step)
         if self.rank == 0:
             torch.save(
-                {"learner": self.learner.state_dict(), "average": self.average.state_dict(), "optimiser": self.optimiser.state()},
+                {
+                    "learner": self.learner.state_dict(),
+                    "average": self.average.state_dict(),
+                    "optimiser": self.optimiser.state(),
+                },
                 self.arguments.checkpoint,
             )
             save_weights(self.average.network, self.arguments.output / self.arguments.name)
@@ -535,7 +548,7 @@ class Run:
         return float(clock)
 
     def _shaped(self, seconds: int, inputs: tuple[Tensor, ...]) -> nn.Module:
-        """The learner for this bucket, as a CUDA graph where there is CUDA: launching 2,000 kernels costs more than running them."""
+        """The learner for this bucket; a CUDA graph on CUDA: launching 2,000 kernels costs more than running them."""
         if seconds not in self.shaped:
             module: nn.Module = Shaped(self.learner)
             if self.device.type == "cuda":

@@ -21,7 +21,7 @@ def in_blocks(samples: np.ndarray, size: int) -> list[np.ndarray]:
 
 
 def reference_cuts(samples: np.ndarray, limit: int, search: int, window: int = 1600) -> list[int]:
-    """The rule in REFERENCE.md, section 4, over the whole array, with window sums by plain convolution."""
+    """The official rule (docs/model.md) over the whole array, with window sums by plain convolution."""
     cuts, start = [], 0
     while len(samples) - start > limit:
         left, right = start + limit - search, min(len(samples), start + limit + search)

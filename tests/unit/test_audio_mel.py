@@ -48,7 +48,7 @@ def extracted(samples: np.ndarray) -> np.ndarray:
 
 
 def formula(samples: np.ndarray, filters: np.ndarray) -> np.ndarray:
-    """The definition in REFERENCE.md, section 1, frame by frame: a matrix DFT in float64, no FFT."""
+    """The definition (docs/model.md) frame by frame: a matrix DFT in float64, no FFT."""
     padded = np.pad(samples.astype(np.float64), (0, max(0, 8000 - len(samples))))
     padded = np.concatenate([padded[200:0:-1], padded, padded[-2:-202:-1]])
     window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(400) / 400)

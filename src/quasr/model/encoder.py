@@ -1,6 +1,6 @@
 """The audio encoder: mel frames in, one vector for every 80 ms out.
 
-Three levels of time, from REFERENCE layouts of Qwen3-ASR:
+Three levels of time (docs/model.md):
 a *frame* is 10 ms of mel; a *chunk* is 100 frames, which the convolutional stem sees alone and turns into 13 tokens;
 a *window* is 8 chunks = 104 tokens, inside which attention is bidirectional and outside which it sees nothing.
 """
