@@ -77,6 +77,15 @@ class Tokenizer:
         """One more than the largest id."""
         return max(self._full.get_vocab(with_added_tokens=True).values()) + 1
 
+    def to_json(self) -> dict[str, Any]:
+        """The content of a `tokenizer.json`, whichever files it was read from; merges are pairs."""
+        content: dict[str, Any] = json.loads(self._full.to_str())
+        return content
+
+    def added_ids(self) -> frozenset[int]:
+        """Ids of all added tokens, special or not."""
+        return frozenset(self._full.get_added_tokens_decoder())
+
     def encode(self, text: str) -> list[int]:
         """Ids of plain text: `<|im_end|>` and the like inside it are spelled out, never control tokens."""
         ids: list[int] = self._plain.encode(text, add_special_tokens=False).ids
