@@ -1,0 +1,395 @@
+"""Memory from the config alone: what each scheme needs, and what to choose under a budget. No torch, no weights read.
+
+    peak = context + weights + max(encode, cache + prefill, cache + generate)
+
+Each term counts the tensors that are alive at its stage's fullest moment. They were checked against torch's own
+allocations on a CPU. On CUDA they are unmeasured: workspaces of cuDNN and gaps in the allocator are not counted.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from quasr.engine.base import token_budget
+from quasr.errors import OptionError, ResourceError
+from quasr.quant.recipe import DTYPE_NAMES, EMBEDDING, layers, recipe_for
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from quasr.model.config import ModelConfig
+    from quasr.quant.recipe import Layer, Recipe
+    from quasr.quant.scheme import Scheme
+
+CUDA_CONTEXT = 450_000_000
+"""Assumed: the CUDA context and torch's kernels, which no allocator counts. It depends on GPU and driver."""
+
+HOST_PROCESS = 400_000_000
+"""Assumed: interpreter, torch and the audio libraries in main memory, before any weight."""
+
+PROMPT_TOKENS = 64
+"""Template, language, and a short context."""
+
+STEM_SLICE = 32
+"""Chunks that the encoder's stem takes at once."""
+
+HEAD_NUMBERS = 1 << 25
+"""Weights that an int8 head dequantises at once."""
+
+DROP_AT = 4
+"""Finished rows leave the cache once they are a quarter of the batch."""
+
+PIECES = (30.0, 20.0, 15.0, 10.0, 5.0)
+"""Seconds of a clip, the longest that fits first."""
+
+LARGEST_BATCH = 8
+
+AUTOMATIC = ("int8", "int4-g32", "int4-g64", "int4")
+"""What may be chosen after the plain dtypes, by falling precision."""
+
+BY_NAME = ("llm-int8", "nf4")
+"""Planned for as well, but chosen only when asked for: they need bitsandbytes."""
+
+DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+MEMORY_UNITS = {"MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
+TIME_UNITS = {"": 1, "s": 1, "m": 60, "h": 3600}
+
+
+def parse_memory(text: str) -> int:
+    """Bytes of "4GB", "800MB" (decimal), "4GiB" or "800MiB" (binary). Raises OptionError."""
+    found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,6})?) ?([MG]i?B)", text, re.IGNORECASE)
+    size = round(float(found[1]) * MEMORY_UNITS[found[2].upper()]) if found else 0
+    if not size:
+        raise OptionError(f"{text[:40]!r} is no amount of memory: write 4GB, 800MB, 4GiB or 800MiB")
+    return size
+
+
+def parse_duration(text: str) -> float:
+    """Seconds of "90", "90s", "30m" or "1.5h". Raises OptionError."""
+    found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,6})?)([smh]?)", text)
+    seconds = float(found[1]) * TIME_UNITS[found[2]] if found else 0.0
+    if not seconds:
+        raise OptionError(f"{text[:40]!r} is no length of audio: write 90s, 30m or 1.5h")
+    return seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where the network runs (cpu or cuda) and what it computes in: bf16, fp16 or fp32."""
+
+    device: Literal["cpu", "cuda"]
+    dtype: str
+
+    @property
+    def item(self) -> int:
+        """Bytes of a number."""
+        return DTYPE_BYTES[self.dtype]
+
+    @property
+    def residual(self) -> int:
+        """Bytes of a number between layers: fp16 keeps it in fp32."""
+        return 4 if self.dtype == "fp16" else self.item
+
+    @property
+    def accumulator(self) -> int:
+        """Bytes beside each number of a product: a CPU sums 16-bit products in an fp32 copy."""
+        return 4 if self.device == "cpu" and self.item == 2 else 0
+
+    @property
+    def context(self) -> int:
+        """Bytes that are there before the weights."""
+        return CUDA_CONTEXT if self.device == "cuda" else HOST_PROCESS
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What runs at once: `batch` clips of at most `seconds`, each behind `prompt` tokens of text."""
+
+    seconds: float
+    batch: int
+    prompt: int = PROMPT_TOKENS
+
+    @property
+    def frames(self) -> int:
+        """Mel frames of a clip."""
+        return math.ceil(self.seconds * 100)
+
+    def prompt_length(self, config: ModelConfig) -> int:
+        """Positions before the first new token."""
+        return self.prompt + config.audio.token_count(self.frames)
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A way to hold the weights; `automatic`: may be chosen without being asked for."""
+
+    name: str
+    recipe: Recipe
+    target: Target
+    automatic: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Bytes, by stage. `encode`, `prefill` and `generate` are beside the weights, the last two beside the cache too."""
+
+    candidate: Candidate
+    work: Work
+    weights: int
+    cache: int
+    encode: int
+    prefill: int
+    generate: int
+
+    @property
+    def activations(self) -> int:
+        """The fullest stage, beside weights and cache."""
+        return max(self.encode - self.cache, self.prefill, self.generate)
+
+    @property
+    def tensors(self) -> int:
+        """Most bytes of tensors at one time."""
+        return self.weights + self.cache + self.activations
+
+    @property
+    def peak(self) -> int:
+        """Most bytes at one time, with the context."""
+        return self.candidate.target.context + self.tensors
+
+
+def estimate(config: ModelConfig, candidate: Candidate, work: Work) -> Estimate:
+    """Raises OptionError where the candidate's groups do not divide the network's sizes."""
+    target, recipe = candidate.target, candidate.recipe
+    schemes = recipe.assign(config)
+    return Estimate(
+        candidate,
+        work,
+        weights=recipe.weight_bytes(config, target.item),
+        cache=cache_bytes(config, target, work),
+        encode=max(stem_bytes(config, target, work), encoder_bytes(config, target, work, schemes)),
+        prefill=prefill_bytes(config, target, work, schemes),
+        generate=generate_bytes(config, target, work, schemes),
+    )
+
+
+def cache_bytes(config: ModelConfig, target: Target, work: Work) -> int:
+    """Keys and values of every layer for prompt, audio and the whole budget of new tokens: it is allocated at once."""
+    text = config.text
+    positions = work.prompt_length(config) + token_budget(work.seconds)
+    return 2 * text.layers * work.batch * text.kv_heads * positions * text.head_dim * target.item
+
+
+def stem_bytes(config: ModelConfig, target: Target, work: Work) -> int:
+    """The mel frames and their chunks in fp32; one slice through the first two convolutions; the tokens so far.
+
+    The first convolution's output is there twice: before and after its GELU, or in the second one's own layout.
+    """
+    audio = config.audio
+    chunks = work.batch * math.ceil(work.frames / audio.chunk_frames)
+    part = min(STEM_SLICE, chunks)
+    chunk = audio.mel_bins * audio.chunk_frames
+    first = audio.stem_channels * -(-audio.mel_bins // 2) * -(-audio.chunk_frames // 2)
+    tokens = chunks * audio.chunk_tokens * audio.width * target.item
+    return (2 * chunks + part) * chunk * 4 + part * (2 * first + first // 4) * target.item + tokens
+
+
+def encoder_bytes(config: ModelConfig, target: Target, work: Work, schemes: dict[str, Scheme]) -> int:
+    """One layer over all windows: what went in, the residual twice, and the wider of attention and MLP.
+
+    Attention holds its norm, q, k, v, the mixed values and the output; the MLP its inner width before and after GELU.
+    """
+    audio, item = config.audio, target.item
+    chunks = math.ceil(work.frames / audio.chunk_frames)
+    window = min(audio.window_chunks, chunks) * audio.chunk_tokens
+    rows = work.batch * math.ceil(audio.token_count(work.frames) / window) * window
+    kept = work.batch * chunks * audio.chunk_tokens * audio.width * item + rows * audio.width * item
+    attention = audio.width * (target.residual + 6 * item + target.accumulator)
+    mlp = 2 * audio.width * target.residual + max(
+        2 * audio.ffn * item, (audio.width + audio.ffn) * item + audio.ffn * target.accumulator
+    )
+    extra = dequantised_bytes(config, target, schemes, "encoder.") + mixed_bytes(config, rows, schemes, "encoder.")
+    return kept + rows * max(attention, mlp) + extra
+
+
+def prefill_bytes(config: ModelConfig, target: Target, work: Work, schemes: dict[str, Scheme]) -> int:
+    """The prompt's embeddings and one layer over all of its positions, as wide as attention or MLP needs.
+
+    Attention is fullest while it turns the queries: them, k, v, and four more of the queries' size. The MLP holds its
+    inner width three times: gate, up and their product.
+    """
+    text, item = config.text, target.item
+    length = work.prompt_length(config)
+    rows = work.batch * length
+    queries, pairs = text.heads * text.head_dim, text.kv_heads * text.head_dim
+    attention = target.residual * text.hidden + (text.hidden + 5 * queries + 2 * pairs) * item
+    inner = text.ffn * max(3 * item, 2 * item + target.accumulator)
+    mlp = 2 * target.residual * text.hidden + text.hidden * item + inner
+    angles = 2 * length * text.head_dim * 4
+    extra = dequantised_bytes(config, target, schemes, "decoder.") + mixed_bytes(config, rows, schemes, "decoder.")
+    layer = rows * max(attention, mlp) + angles + extra + score_bytes(config, target, work)
+    return _embeddings(config, target, work) + max(layer, head_bytes(config, target, work, schemes))
+
+
+def generate_bytes(config: ModelConfig, target: Target, work: Work, schemes: dict[str, Scheme]) -> int:
+    """The embeddings, still held, and the larger of a second cache and a step's products.
+
+    The second cache is the copy of the rows that go on, once a quarter of the batch has finished.
+    """
+    kept = work.batch - math.ceil(work.batch / DROP_AT)
+    copied = cache_bytes(config, target, work) * kept // work.batch
+    step = max(dequantised_bytes(config, target, schemes, "decoder."), head_bytes(config, target, work, schemes))
+    return _embeddings(config, target, work) + max(copied, step)
+
+
+def head_bytes(config: ModelConfig, target: Target, work: Work, schemes: dict[str, Scheme]) -> int:
+    """Logits in the network's dtype, in fp32 and their exponentials; an int8 head also dequantises a slice, twice."""
+    logits = work.batch * config.text.vocab_size * (2 * target.item if target.item == 4 else target.item + 8)
+    numbers = min(HEAD_NUMBERS, config.text.vocab_size * config.text.hidden)
+    return logits + (2 * numbers * target.item if EMBEDDING in schemes and config.text.tied_head else 0)
+
+
+def dequantised_bytes(config: ModelConfig, target: Target, schemes: dict[str, Scheme], half: str) -> int:
+    """The largest weight that is expanded for its product: codes and product for int8 and int4, NF4's result alone."""
+    copies = {"int8": 2, "int4": 2, "nf4": 1}
+    return max(
+        (copies.get(scheme.kind, 0) * layer.rows * layer.columns * target.item
+         for layer, scheme in _quantised(config, schemes, half)),
+        default=0,
+    )  # fmt: skip
+
+
+def mixed_bytes(config: ModelConfig, rows: int, schemes: dict[str, Scheme], half: str) -> int:
+    """LLM.int8's own activations: int8 inputs, and int32 sums beside their fp32 form."""
+    sizes = (
+        rows * (8 * layer.rows + layer.columns)
+        for layer, scheme in _quantised(config, schemes, half)
+        if scheme.kind == "llm-int8"
+    )
+    return max(sizes, default=0)
+
+
+def score_bytes(config: ModelConfig, target: Target, work: Work) -> int:
+    """The scores and their softmax: only in fp32 on CUDA, where no fused attention shares keys among queries."""
+    if (target.device, target.dtype) != ("cuda", "fp32"):
+        return 0
+    return 2 * 4 * work.batch * config.text.heads * work.prompt_length(config) ** 2
+
+
+def _embeddings(config: ModelConfig, target: Target, work: Work) -> int:
+    return work.batch * work.prompt_length(config) * config.text.hidden * target.item
+
+
+def _quantised(config: ModelConfig, schemes: dict[str, Scheme], half: str) -> Iterator[tuple[Layer, Scheme]]:
+    for layer in layers(config):
+        if layer.kind == "linear" and layer.name.startswith(half) and layer.name in schemes:
+            yield layer, schemes[layer.name]
+
+
+def candidates(device: Literal["cpu", "cuda"], dtype: str, compute_type: str = "auto") -> list[Candidate]:
+    """The ways to hold a 16-bit checkpoint's weights, highest precision first; one where `compute_type` is named.
+
+    dtype "auto": fp32 on a CPU, with bf16 as its second choice, and bf16 on CUDA. Raises OptionError.
+    """
+    natural = {"cpu": ("fp32", "bf16"), "cuda": ("bf16",)}[device]
+    plain = natural if dtype == "auto" else (dtype,)
+    if compute_type != "auto":
+        computed = compute_type if compute_type in DTYPE_NAMES else plain[0]
+        return [Candidate(compute_type, recipe_for(compute_type), Target(device, computed))]
+    found = [Candidate(name, recipe_for(name), Target(device, name)) for name in plain]
+    quantised = ((name, name in AUTOMATIC) for name in (*AUTOMATIC, *BY_NAME))
+    return found + [Candidate(name, recipe_for(name), Target(device, plain[0]), ok) for name, ok in quantised]
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What the plan must keep to. `budget` in bytes; `seconds` of audio in all, None for any; `batch` None: up to 8."""
+
+    budget: int
+    seconds: float | None = None
+    batch: int | None = None
+    largest_batch: int = LARGEST_BATCH
+
+    def works(self) -> Iterator[Work]:
+        """All that may be tried: the longest clip first, and of each the biggest batch."""
+        pieces = [piece for piece in PIECES if self.seconds is None or piece <= self.seconds]
+        for piece in pieces or [self.seconds or PIECES[-1]]:
+            most = self.largest_batch if self.seconds is None else math.ceil(self.seconds / piece)
+            for batch in [self.batch] if self.batch else range(min(most, self.largest_batch), 0, -1):
+                yield Work(piece, batch)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One candidate. `best` is the longest clip and biggest batch that fit, or else the least that it can do.
+
+    `problem` says why the candidate cannot be at all.
+    """
+
+    candidate: Candidate
+    best: Estimate | None = None
+    fits: bool = False
+    problem: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Every candidate, and the one that is taken."""
+
+    wish: Wish
+    rows: tuple[Row, ...]
+
+    @property
+    def chosen(self) -> Estimate:
+        """Raises ResourceError where nothing fits, with the smallest budget that would do."""
+        for row in self.rows:
+            if row.fits and row.candidate.automatic and row.best:
+                return row.best
+        raise ResourceError(self._excuse())
+
+    def why(self) -> str:
+        """One sentence about the choice."""
+        taken = self.chosen
+        higher = [row.candidate.name for row in self.rows[: [row.best for row in self.rows].index(taken)]]
+        reason = f"{', '.join(higher)} would need more" if higher else "nothing is more precise"
+        work = taken.work
+        return (
+            f"{taken.candidate.name}, clips of up to {work.seconds:g} s, batches of {work.batch}: "
+            f"{written(taken.peak)} of {written(self.wish.budget)} ({reason})"
+        )
+
+    def _excuse(self) -> str:
+        least = [row.best for row in self.rows if row.best and row.candidate.automatic]
+        if not least:
+            return next(row.problem for row in self.rows)
+        best = min(least, key=lambda one: one.peak)
+        return (
+            f"nothing fits into {written(self.wish.budget)}: the least is {written(best.peak)}, with "
+            f"{best.candidate.name}, clips of {best.work.seconds:g} s and batches of {best.work.batch}"
+        )
+
+
+def plan(config: ModelConfig, choices: Sequence[Candidate], wish: Wish) -> Plan:
+    """Highest precision that fits, then the longest clip, then the biggest batch."""
+    return Plan(wish, tuple(_row(config, candidate, wish) for candidate in choices))
+
+
+def _row(config: ModelConfig, candidate: Candidate, wish: Wish) -> Row:
+    try:
+        candidate.recipe.assign(config)
+    except OptionError as error:
+        return Row(candidate, problem=str(error))
+    tried = (estimate(config, candidate, work) for work in wish.works())
+    least: Estimate | None = None
+    for found in tried:
+        if found.peak <= wish.budget:
+            return Row(candidate, found, fits=True)
+        least = found if least is None or found.peak < least.peak else least
+    return Row(candidate, least)
+
+
+def written(size: int) -> str:
+    """Bytes as `parse_memory` reads them, rounded up, so that what is named is enough."""
+    return f"{math.ceil(size / 1e6)}MB" if size < 1e9 else f"{math.ceil(size / 1e7) / 100:.2f}GB"
