@@ -11,7 +11,7 @@ from taught_clips import taught_clips
 
 from quasr.errors import OptionError, ResourceError
 from quasr.quant.apply import quantise
-from quasr.quant.calibrate import CalibrateOptions, Method, Observer, calibrate, forward
+from quasr.quant.calibrate import CalibrateOptions, Method, Observer, calibrate, forward, lay_out
 from quasr.quant.linear import Int4Linear, Int8Linear
 from quasr.quant.prompts import embed, position_weights
 from quasr.quant.recipe import recipe_for
@@ -136,12 +136,11 @@ def test_hessian_is_the_weighted_mean_over_positions() -> None:
     model = network()
     layer = model.decoder.layers[0]
     with torch.no_grad():
-        inputs = [embed(model, clip) for clip in CLIPS]
-        weights = [position_weights(clip, x.shape[1], 3.0) for clip, x in zip(CLIPS, inputs, strict=True)]
         name = "self_attn.q_proj"
-        found = Observer(layer, inputs, weights).hessians([name])[name]  # type: ignore[arg-type]
+        found = Observer(layer, *lay_out(model, CLIPS, 3.0)).hessians([name])[name]  # type: ignore[arg-type]
+        inputs = [embed(model, clip) for clip in CLIPS]
         seen = torch.cat([layer.input_layernorm(x)[0] for x in inputs])
-    each = torch.cat(weights)
+    each = torch.cat([position_weights(clip, x.shape[1], 3.0) for clip, x in zip(CLIPS, inputs, strict=True)])
     torch.testing.assert_close(found, torch.einsum("n,ni,nj->ij", each, seen, seen) / each.sum(), rtol=1e-4, atol=1e-5)
     assert not layer.get_submodule(name)._forward_pre_hooks
 

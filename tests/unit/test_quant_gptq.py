@@ -43,7 +43,8 @@ def test_halves_the_output_error_of_rounding_to_nearest(act_order: bool) -> None
     codes = gptq_codes(weight, hessian, scale, GPTQOptions(act_order=act_order))
     assert output_error(codes, scale, weight, hessian) < 0.5 * output_error(nearest, scale, weight, hessian)
     assert codes.dtype == torch.int8
-    assert -8 <= int(codes.min()) and int(codes.max()) <= 7
+    assert int(codes.min()) >= -8
+    assert int(codes.max()) <= 7
 
 
 @pytest.mark.parametrize("act_order", [True, False])

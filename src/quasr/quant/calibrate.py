@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal, cast
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from quasr.errors import OptionError, ResourceError
 from quasr.model.config import read_json
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from quasr.model.asr import Qwen3ASR
     from quasr.model.decoder import DecoderLayer
@@ -48,6 +49,9 @@ GATES = ("mlp.gate_proj", "mlp.up_proj")
 DOWN = ("mlp.down_proj",)
 STAGES = (QUERIES, OUTPUT, GATES, DOWN)
 """Linears of a decoder layer that share their input, in the order of the computation."""
+
+BATCH_CLIPS = 8
+"""Clips that go through a layer together."""
 
 DECODER = "decoder.layers."
 RUN_FILE = "run.json"
@@ -99,9 +103,7 @@ def _calibrate_decoder(
     work: Path | None,
     progress: Callable[[int, int], None] | None,
 ) -> None:
-    inputs = [embed(model, clip) for clip in clips]
-    inputs = [x.to(residual_dtype(x.dtype)) for x in inputs]
-    weights = [position_weights(clip, x.shape[1], options.text_weight) for clip, x in zip(clips, inputs, strict=True)]
+    inputs, weights = lay_out(model, clips, options.text_weight)
     for index, module in enumerate(model.decoder.layers):
         layer, prefix = cast("DecoderLayer", module), f"{DECODER}{index}."
         own = {name.removeprefix(prefix): scheme for name, scheme in schemes.items() if name.startswith(prefix)}
@@ -114,8 +116,24 @@ def _calibrate_decoder(
             progress(index + 1, len(model.decoder.layers))
 
 
+def lay_out(model: Qwen3ASR, clips: Sequence[TaughtClip], text_weight: float) -> tuple[list[Tensor], list[Tensor]]:
+    """Batches of clips of like lengths: decoder inputs (batch, tokens, hidden), and weights (batch, tokens).
+
+    Rows are padded at the end with zeros of weight 0.
+    """
+    inputs, weights = [], []
+    order = sorted(clips, key=lambda clip: clip.mel.shape[1])
+    for start in range(0, len(order), BATCH_CLIPS):
+        batch = order[start : start + BATCH_CLIPS]
+        rows = [embed(model, clip)[0] for clip in batch]
+        own = [position_weights(clip, len(row), text_weight) for clip, row in zip(batch, rows, strict=True)]
+        inputs.append(nn.utils.rnn.pad_sequence(rows, batch_first=True).to(residual_dtype(rows[0].dtype)))
+        weights.append(nn.utils.rnn.pad_sequence(own, batch_first=True).to(rows[0].device))
+    return inputs, weights
+
+
 def forward(layer: DecoderLayer, x: Tensor) -> Tensor:
-    """One decoder layer on one clip: (1, tokens, hidden) -> the same."""
+    """One decoder layer on one batch: (batch, tokens, hidden) -> the same."""
     config = layer.self_attn.config
     positions = torch.arange(x.shape[1], device=x.device)[None]
     return layer.prefill(x, *rope_angles(positions, config.head_dim, config.rope_theta), None)
@@ -123,7 +141,7 @@ def forward(layer: DecoderLayer, x: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Observer:
-    """A decoder layer, its inputs clip by clip, and the weight of every position."""
+    """A decoder layer, its inputs batch by batch, and the weight of every position."""
 
     layer: DecoderLayer
     inputs: Sequence[Tensor]
@@ -135,7 +153,7 @@ class Observer:
         current = self.weights[0]
 
         def add(name: str, _: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            x = arguments[0][0].float() * current.to(arguments[0].device).sqrt()[:, None]
+            x = (arguments[0].float() * current.sqrt()[..., None]).flatten(0, 1)
             sums[name] = sums[name].addmm_(x.T, x) if name in sums else x.T @ x
 
         hooks = [self.layer.get_submodule(name).register_forward_pre_hook(partial(add, name)) for name in names]
