@@ -76,6 +76,7 @@ def _placement() -> Iterator[tuple[str, str]]:
     yield "would run", f"torch on {placement.device}, {placement.dtype_name}"
     for reason in placement.reasons:
         yield "because", reason
+    yield "kernels", "plain PyTorch operations on every device: quasr has no kernels of its own yet"
 
 
 def _demo() -> Iterator[tuple[str, str]]:
