@@ -80,7 +80,7 @@ def save_quantised(
     saved = Saved(recipe, dtype, _source(source_folder), dict(metadata))
     with fresh_folder(output) as fresh:
         save_file(tensors, fresh / SINGLE_FILE, metadata={"format": "pt"})
-        _copy_others(source_folder, fresh)
+        copy_others(source_folder, fresh)
         for name, text in (files or {}).items():
             (fresh / name).write_text(text, encoding="utf-8")
         write_json(fresh / METADATA_FILE, {**asdict(saved), "recipe": recipe.to_json()})
@@ -219,7 +219,8 @@ def _source(folder: Path) -> dict[str, Any]:
     return {"name": folder.name, "files": {path.name: asdict(digest(path)) for path in paths}}
 
 
-def _copy_others(source: Path, target: Path) -> None:
+def copy_others(source: Path, target: Path) -> None:
+    """Copies config, tokenizer, model card and licence of a checkpoint folder: all but weights and their records."""
     left = (INDEX_FILE, METADATA_FILE, RECORD_FILE)
     for path in source.iterdir():
         comes = path.suffix in COPIED or path.name.upper().startswith("LICENSE")

@@ -309,6 +309,7 @@ def prune(model: Qwen3ASR, pruning: Pruning) -> None:
         text=replace(text, vocab_size=len(pruning.ids)),
         audio_token_id=None if config.audio_token_id is None else new[config.audio_token_id],
         eos_token_ids=tuple(new[old] for old in config.eos_token_ids if old in new),
+        languages=pruning.languages or config.languages,
     )
     model.decoder.config = model.config.text
 
