@@ -91,15 +91,40 @@ def transcribe(
 ) -> Iterator[Transcript | AudioError]:
     """A transcript for each source, in order; an input that fails gives its error and does not stop the others."""
     jobs: deque[Job] = deque()
-    tasks = _read_all(setup, sources, jobs)
+    for _ in _batches(engine, setup, _read_all(setup, sources, jobs), progress):
+        yield from _finished(jobs)
+    yield from _finished(jobs)
+
+
+def stream_segments(
+    engine: Engine, setup: Setup, source: AudioInput, progress: Progress | None = None
+) -> Iterator[Segment]:
+    """The segments of one input's transcript, each as soon as its batch is decoded.
+
+    Raises AudioError where the audio cannot be read on, after the segments before that place.
+    """
+    jobs: deque[Job] = deque()
+    seen = given = 0
+    for _ in _batches(engine, setup, _read_all(setup, [source], jobs), progress):
+        found = jobs[0].segments[seen:]
+        seen += len(found)
+        for segment in found:
+            if segment.text:
+                yield replace(segment, id=given)
+                given += 1
+    if jobs[0].error:
+        raise jobs[0].error
+
+
+def _batches(engine: Engine, setup: Setup, tasks: Iterator[Task], progress: Progress | None) -> Iterator[None]:
+    """Decodes `tasks` a batch at a time, and stops after each to have its results looked at."""
     seconds = 0.0
     while batch := tuple(islice(tasks, setup.options.batch_size)):
         _decode(engine, setup, batch)
         seconds += sum(task.end - task.start for task in batch)
         if progress:
             progress(seconds)
-        yield from _finished(jobs)
-    yield from _finished(jobs)
+        yield
 
 
 def _read_all(setup: Setup, sources: Iterable[AudioInput], jobs: deque[Job]) -> Iterator[Task]:
