@@ -10,8 +10,9 @@ from quasr.audio.fetch import FetchLimits
 from quasr.engine.device import DTYPES, choose
 from quasr.errors import AudioError, CheckpointError, OptionError
 from quasr.model.config import read_config
-from quasr.pipeline.transcribe import Setup, transcribe
+from quasr.pipeline.transcribe import Setup, stream_segments, transcribe
 from quasr.quant.recipe import recipe_for
+from quasr.text.languages import LANGUAGES
 from quasr.text.languages import resolve as resolve_language
 from quasr.text.prompt import build_prompt
 from quasr.text.tokenizer import Tokenizer
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from quasr.model.config import ModelConfig
     from quasr.pipeline.transcribe import Progress
     from quasr.quant.recipe import Recipe
+    from quasr.types import Segment
 
 
 def load(
@@ -74,6 +76,11 @@ class Transcriber:
         """What runs, where, in what precision, and why."""
         return self._engine.info
 
+    @property
+    def languages(self) -> tuple[str, ...]:
+        """English names of the languages that this model knows."""
+        return self._config.languages or tuple(LANGUAGES.values())
+
     def transcribe(
         self,
         audio: AudioInput,
@@ -103,10 +110,30 @@ class Transcriber:
         **overrides: object,
     ) -> Iterator[Transcript | AudioError]:
         """A transcript for each input, lazily and in order; an input that fails gives its AudioError in its place."""
+        return transcribe(self._engine, self._setup(options, overrides, limits), audios, progress)
+
+    def stream_segments(
+        self,
+        audio: AudioInput,
+        options: TranscribeOptions | None = None,
+        *,
+        limits: FetchLimits | None = None,
+        progress: Progress | None = None,
+        **overrides: object,
+    ) -> Iterator[Segment]:
+        """The segments of `transcribe`, each as soon as its batch is decoded: a smaller `batch_size` gives them sooner.
+
+        Options are checked at once. An AudioError comes after the segments before the place that cannot be read.
+        """
+        return stream_segments(self._engine, self._setup(options, overrides, limits), audio, progress)
+
+    def _setup(
+        self, options: TranscribeOptions | None, overrides: dict[str, object], limits: FetchLimits | None
+    ) -> Setup:
         chosen = _checked(options or TranscribeOptions(), overrides)
         known = self._config.languages
         language = None if chosen.language is None else resolve_language(chosen.language, known)
-        setup = Setup(
+        return Setup(
             tokenizer=self._tokenizer,
             prompt=build_prompt(self._tokenizer, chosen.context, language),
             language=language,
@@ -114,7 +141,6 @@ class Transcriber:
             options=chosen,
             limits=limits or FetchLimits(),
         )
-        return transcribe(self._engine, setup, audios, progress)
 
     def close(self) -> None:
         """Gives the memory back; the transcriber cannot be used afterwards."""
