@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from pathlib import Path  # noqa: TC003  (Typer reads the annotations)
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from quasr.cli.calibration import calibration_for
 from quasr.cli.options import (  # noqa: TC001  (Typer reads the annotations)
     DeviceOption,
     HubOption,
@@ -19,12 +21,14 @@ from quasr.cli.terminal import aligned, megabytes, note, result
 from quasr.errors import OptionError
 
 if TYPE_CHECKING:
+    from quasr.cli.calibration import Calibration
     from quasr.engine.device import Placement
+    from quasr.model.asr import Qwen3ASR
     from quasr.model.config import ModelConfig
     from quasr.quant.recipe import Recipe, Row
 
-METHODS = ("rtn",)
-"""How weights become codes. rtn: rounding to nearest."""
+METHODS = ("rtn", "gptq", "awq")
+"""How weights become codes. rtn: rounding to nearest. The others are calibrated, for int4 decoder layers."""
 
 COLUMNS = ("layers", "scheme", "count", "parameters", "bytes")
 
@@ -40,7 +44,15 @@ def quantize(
         list[str] | None,
         typer.Option("--rule", help="PATTERN=SCHEME for some layers, such as 'decoder.layers.0.*=int8'. Repeatable."),
     ] = None,
-    method: Annotated[str, typer.Option("--method", help="rtn: round to nearest.")] = "rtn",
+    method: Annotated[
+        str, typer.Option("--method", help="rtn: round to nearest. gptq, awq: for int4, calibrated on real clips.")
+    ] = "rtn",
+    calibration: Annotated[
+        Path | None, typer.Option("--calibration", help="Of gptq and awq: JSONL, the path of a clip on each line.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with a calibration that was interrupted, from OUTPUT.work.")
+    ] = False,
     threshold: ThresholdOption = None,
     device: DeviceOption = "auto",
     dtype: Annotated[
@@ -58,16 +70,19 @@ def quantize(
 
     recipe = recipe_for(to if group is None else f"{to}-g{group}", threshold, rule or ())
     _check(recipe, method)
+    guide = calibration_for(method, calibration, resume, output)
     source = resolve(model, HubOptions(hub=hub, revision=revision, offline=offline))
     config = read_config(source)
     recipe.assign(config)
-    _quantise(source, config, recipe, output, method, choose(device, _dtype(dtype, config)))
+    _quantise(source, config, recipe, output, guide, choose(device, _dtype(dtype, config)))
     return 0
 
 
 def _check(recipe: Recipe, method: str) -> None:
     if method not in METHODS:
         raise OptionError(f"unknown method {method!r}: there is {', '.join(METHODS)}")
+    if method != "rtn" and all(scheme.kind != "int4" for _, scheme in recipe.rules):
+        raise OptionError(f"--method {method} is for 4 bits, and {recipe.name} has none: say int4, or rtn")
     if not recipe.rules:
         raise OptionError(f"--to {recipe.name} quantises nothing: say int8, int4, or add a --rule")
 
@@ -80,23 +95,38 @@ def _dtype(asked: str, config: ModelConfig) -> str:
 
 
 def _quantise(
-    source: Path, config: ModelConfig, recipe: Recipe, output: Path, method: str, placement: Placement
+    source: Path, config: ModelConfig, recipe: Recipe, output: Path, guide: Calibration | None, placement: Placement
 ) -> None:
-    from quasr.quant.apply import load_quantising
     from quasr.quant.recipe import NO_RECIPE
     from quasr.quant.store import check_output, check_unquantised, save_quantised
 
     check_unquantised(source)
     check_output(output)
+    if guide is not None:
+        guide.check()
     item = placement.dtype.itemsize
     result(aligned([COLUMNS, *map(_cells, recipe.table(config, item))]))
     started = time.perf_counter()
-    network = load_quantising(source, config, recipe, placement.dtype, placement.device)
+    network, metadata = _network(source, config, recipe, guide, placement)
     loaded = time.perf_counter()
-    save_quantised(network, recipe, source, output, {"method": method})
+    save_quantised(network, recipe, source, output, metadata)
+    if guide is not None:
+        shutil.rmtree(guide.work)
     before, after = NO_RECIPE.weight_bytes(config, item), sum(tensor.nbytes for tensor in network.state_dict().values())
     result(f"{megabytes(before)} before, {megabytes(after)} after: {after / before:.1%}")
     note(f"wrote {output}: quantised in {loaded - started:.1f} s, saved in {time.perf_counter() - loaded:.1f} s")
+
+
+def _network(
+    source: Path, config: ModelConfig, recipe: Recipe, guide: Calibration | None, placement: Placement
+) -> tuple[Qwen3ASR, dict[str, object]]:
+    """The quantised network, and what is noted about how it was made."""
+    from quasr.quant.apply import load_quantising
+
+    if guide is None:
+        return load_quantising(source, config, recipe, placement.dtype, placement.device), {"method": "rtn"}
+    network, clips = guide.run(source, config, recipe, placement)
+    return network, {"method": guide.method, "calibration_clips": clips}
 
 
 def _cells(row: Row) -> tuple[str, ...]:
