@@ -40,6 +40,7 @@ ANSWERS: dict[str, Transcript | AudioError] = {
 class FakeTranscriber:
     info = EngineInfo("fake", "cpu", "fp32", 1)
     seen: list[tuple[TranscribeOptions, FetchLimits]]
+    defaults: TranscribeOptions
 
     def __init__(self) -> None:
         self.seen = []
@@ -60,7 +61,12 @@ class FakeTranscriber:
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> FakeTranscriber:
     transcriber = FakeTranscriber()
-    monkeypatch.setattr(ModelChoice, "load", lambda _: transcriber)
+
+    def load(choice: ModelChoice) -> FakeTranscriber:
+        transcriber.defaults = TranscribeOptions(batch_size=choice.batch_size or 1)
+        return transcriber
+
+    monkeypatch.setattr(ModelChoice, "load", load)
     return transcriber
 
 

@@ -23,6 +23,12 @@ DtypeOption = Annotated[str, typer.Option("--dtype", help="auto, bf16, fp16 or f
 ComputeTypeOption = Annotated[
     str, typer.Option("--compute-type", help="auto, bf16, fp16, fp32, int8, int4, int4-g64, llm-int8, nf4, ...")
 ]
+MemoryOption = Annotated[
+    str | None, typer.Option("--memory", help="Budget such as 4GB: precision, clips and batches are chosen to fit.")
+]
+OffloadOption = Annotated[
+    int, typer.Option("--offload", min=0, help="Decoder layers to keep in main memory: less on the GPU, slower.")
+]
 ThresholdOption = Annotated[
     float | None, typer.Option("--threshold", help="Of llm-int8: activations this large stay in 16 bits; 0: none.")
 ]
@@ -47,6 +53,9 @@ class ModelChoice:
     offline: bool
     compute_type: str = "auto"
     threshold: float | None = None
+    memory: str | None = None
+    batch_size: int | None = None
+    offload: int = 0
 
     def load(self) -> Transcriber:
         """Loads it, and says on standard error what runs where."""
@@ -61,6 +70,9 @@ class ModelChoice:
             dtype=self.dtype,
             compute_type=self.compute_type,
             threshold=self.threshold,
+            memory=self.memory,
+            batch_size=self.batch_size,
+            offload=self.offload,
             hub=hub,
         )
         info = transcriber.info
@@ -69,4 +81,6 @@ class ModelChoice:
             f"{self.model}: {info.name} on {info.device}, {precision}, {megabytes(info.weight_bytes)} of weights, "
             f"loaded in {time.perf_counter() - started:.1f} s"
         )
+        if self.memory or self.offload:
+            note(info.reasons[-1])
         return transcriber

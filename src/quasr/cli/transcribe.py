@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,9 +18,11 @@ from quasr.cli.options import (
     HubOption,
     LanguageOption,
     MaxNewTokensOption,
+    MemoryOption,
     ModelChoice,
     ModelOption,
     OfflineOption,
+    OffloadOption,
     RevisionOption,
     ThresholdOption,
 )
@@ -80,6 +82,8 @@ def transcribe(
     dtype: DtypeOption = "auto",
     compute_type: ComputeTypeOption = "auto",
     threshold: ThresholdOption = None,
+    memory: MemoryOption = None,
+    offload: OffloadOption = 0,
     hub: HubOption = "huggingface",
     revision: RevisionOption = None,
     offline: OfflineOption = False,
@@ -92,9 +96,11 @@ def transcribe(
     """Write down what is said in audio or video files."""
     destination = _destination(output_format, output_dir)
     stems = _stems(audio, destination)
-    options = TranscribeOptions(language, context, max_new_tokens, batch_size=batch_size)
-    choice = ModelChoice(model, device, dtype, hub, revision, offline, compute_type, threshold)
+    choice = ModelChoice(
+        model, device, dtype, hub, revision, offline, compute_type, threshold, memory, batch_size, offload
+    )
     with choice.load() as transcriber:
+        options = replace(transcriber.defaults, language=language, context=context, max_new_tokens=max_new_tokens)
         tally = _run(transcriber, audio, stems, options, destination, allow_private_urls)
         _report(tally, len(audio), transcriber.info.device)
     return 1 if tally.failed else 0

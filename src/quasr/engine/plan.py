@@ -288,7 +288,9 @@ def _quantised(config: ModelConfig, schemes: dict[str, Scheme], half: str) -> It
             yield layer, schemes[layer.name]
 
 
-def candidates(device: Literal["cpu", "cuda"], dtype: str, compute_type: str = "auto") -> list[Candidate]:
+def candidates(
+    device: Literal["cpu", "cuda"], dtype: str, compute_type: str = "auto", threshold: float | None = None
+) -> list[Candidate]:
     """The ways to hold a 16-bit checkpoint's weights, highest precision first; one where `compute_type` is named.
 
     dtype "auto": fp32 on a CPU, with bf16 as its second choice, and bf16 on CUDA. Raises OptionError.
@@ -297,7 +299,8 @@ def candidates(device: Literal["cpu", "cuda"], dtype: str, compute_type: str = "
     plain = natural if dtype == "auto" else (dtype,)
     if compute_type != "auto":
         computed = compute_type if compute_type in DTYPE_NAMES else plain[0]
-        return [Candidate(compute_type, recipe_for(compute_type), Target(device, computed))]
+        recipe = recipe_for(compute_type, threshold)
+        return [Candidate(compute_type, recipe, Target(device, computed))]
     found = [Candidate(name, recipe_for(name), Target(device, name)) for name in plain]
     quantised = ((name, name in AUTOMATIC) for name in (*AUTOMATIC, *BY_NAME))
     return found + [Candidate(name, recipe_for(name), Target(device, plain[0]), ok) for name, ok in quantised]

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Self
 
 from quasr.audio.fetch import FetchLimits
 from quasr.engine.device import DTYPES, choose
+from quasr.engine.plan import Wish, parse_memory
 from quasr.errors import AudioError, CheckpointError, OptionError
 from quasr.model.config import read_config
+from quasr.pipeline.planning import Precision, plan_folder
 from quasr.pipeline.transcribe import Setup, stream_segments, transcribe
 from quasr.quant.recipe import recipe_for
 from quasr.text.languages import LANGUAGES
@@ -25,8 +27,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from quasr.audio.source import AudioInput
-    from quasr.engine.base import Engine, EngineInfo
+    from quasr.engine.base import Engine, EngineInfo, EngineStats
     from quasr.engine.device import Placement
+    from quasr.engine.plan import Plan
     from quasr.model.config import ModelConfig
     from quasr.pipeline.transcribe import Progress
     from quasr.quant.recipe import Recipe
@@ -40,6 +43,9 @@ def load(
     dtype: str = "auto",
     compute_type: str = "auto",
     threshold: float | None = None,
+    memory: str | None = None,
+    batch_size: int | None = None,
+    offload: int = 0,
     hub: HubOptions | None = None,
 ) -> Transcriber:
     """Loads a checkpoint: `demo` (bundled), a folder, or a hub id such as `Qwen/Qwen3-ASR-0.6B`.
@@ -47,16 +53,29 @@ def load(
     device: auto, cpu, cuda or cuda:N; dtype, which is computed in: auto, bf16, fp16 or fp32.
     compute_type, which the weights have: auto (as they are stored), a dtype, int8, int8-gN, int4, int4-gN (N is 128,
     64 or 32), llm-int8 or nf4; 16-bit weights are quantised while they are read. threshold goes with llm-int8.
-    Raises ModelError (not found, damaged, another architecture), ResourceError (device, memory),
+    memory, such as "4GB": with compute_type auto the most precise weights that fit, and clips and batches (of at most
+    `batch_size`) that fit too, which become the transcriber's `defaults`. offload: so many decoder layers stay in main
+    memory and are copied to the device for each use: slow, same text.
+    Raises ModelError (not found, damaged, another architecture), ResourceError (device, memory, nothing fits),
     OptionError and MissingDependencyError (no torch).
     """
     recipe = recipe_for(compute_type, threshold)
     placement = choose(device, _dtype(compute_type, dtype))
     folder = resolve_model(str(model), hub or HubOptions())
     config = read_config(folder)
+    defaults = TranscribeOptions() if batch_size is None else TranscribeOptions(batch_size=batch_size)
+    if memory is not None:
+        _check_planned_alone(offload)
+        wish = Wish(parse_memory(memory), largest_batch=defaults.batch_size)
+        precision = Precision(placement.device.type, _dtype(compute_type, dtype), compute_type, threshold)
+        planned = plan_folder(folder, config, precision, wish)
+        best = planned.chosen
+        recipe, placement = best.candidate.recipe, _as_planned(placement, planned)
+        defaults = replace(defaults, piece_seconds=best.work.seconds, batch_size=best.work.batch)
     tokenizer = Tokenizer.from_folder(folder)
     check_vocabulary(config, tokenizer)
-    return Transcriber(_torch_engine(folder, config, tokenizer, placement, recipe), tokenizer, config)
+    engine = _torch_engine(folder, config, tokenizer, placement, recipe, offload)
+    return Transcriber(engine, tokenizer, config, defaults)
 
 
 class Transcriber:
@@ -66,7 +85,10 @@ class Transcriber:
         print(transcriber.transcribe("talk.mp3").text)
     """
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, config: ModelConfig) -> None:
+    def __init__(
+        self, engine: Engine, tokenizer: Tokenizer, config: ModelConfig, defaults: TranscribeOptions | None = None
+    ) -> None:
+        self.defaults = defaults or TranscribeOptions()
         self._engine = engine
         self._tokenizer = tokenizer
         self._config = config
@@ -75,6 +97,11 @@ class Transcriber:
     def info(self) -> EngineInfo:
         """What runs, where, in what precision, and why."""
         return self._engine.info
+
+    @property
+    def stats(self) -> EngineStats:
+        """Seconds and tokens of all that was transcribed."""
+        return self._engine.stats
 
     @property
     def languages(self) -> tuple[str, ...]:
@@ -130,7 +157,7 @@ class Transcriber:
     def _setup(
         self, options: TranscribeOptions | None, overrides: dict[str, object], limits: FetchLimits | None
     ) -> Setup:
-        chosen = _checked(options or TranscribeOptions(), overrides)
+        chosen = _checked(options or self.defaults, overrides)
         known = self._config.languages
         language = None if chosen.language is None else resolve_language(chosen.language, known)
         return Setup(
@@ -181,15 +208,45 @@ def _dtype(compute_type: str, dtype: str) -> str:
     return compute_type
 
 
+def _check_planned_alone(offload: int) -> None:
+    if offload:
+        raise OptionError("a memory plan keeps all layers on the device: give either memory or offload")
+
+
+def _as_planned(placement: Placement, planned: Plan) -> Placement:
+    """In the chosen dtype, and with the plan among the reasons."""
+    chosen = choose(str(placement.device), planned.chosen.candidate.target.dtype)
+    return replace(chosen, reasons=(*placement.reasons, planned.why()))
+
+
 def _torch_engine(
-    folder: Path, config: ModelConfig, tokenizer: Tokenizer, placement: Placement, recipe: Recipe
+    folder: Path, config: ModelConfig, tokenizer: Tokenizer, placement: Placement, recipe: Recipe, offload: int
 ) -> Engine:
     # Here and not above, so that `from quasr import Transcriber` costs no torch.
     from quasr.engine.torch_engine import TorchEngine
     from quasr.quant.store import load_network
 
+    if offload:
+        return _offloaded_engine(folder, config, tokenizer, placement, recipe, offload)
     network, scheme = load_network(folder, config, recipe, placement.dtype, placement.device)
     return TorchEngine(network, stop_ids(config, tokenizer), placement, scheme)
+
+
+def _offloaded_engine(
+    folder: Path, config: ModelConfig, tokenizer: Tokenizer, placement: Placement, recipe: Recipe, count: int
+) -> Engine:
+    import torch
+
+    from quasr.engine.offload import check_offload, offload
+    from quasr.engine.torch_engine import TorchEngine
+    from quasr.quant.store import load_network
+
+    check_offload(count, config.text.layers)
+    network, scheme = load_network(folder, config, recipe, placement.dtype, torch.device("cpu"))
+    offload(network, count, placement.device)
+    slower = f"{count} of {config.text.layers} decoder layers stay in main memory: slower"
+    where = replace(placement, reasons=(*placement.reasons, slower))
+    return TorchEngine(network, stop_ids(config, tokenizer), where, scheme)
 
 
 def _checked(options: TranscribeOptions, overrides: dict[str, object]) -> TranscribeOptions:
