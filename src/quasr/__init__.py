@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from quasr.errors import QuasrError
+    from quasr.pipeline.service import ServiceResult, SpeechService
     from quasr.pipeline.transcriber import Transcriber, load
     from quasr.types import Notice, Segment, Timings, TranscribeOptions, Transcript, Word
 
@@ -16,6 +17,8 @@ _HOMES = {
     "Notice": "quasr.types",
     "QuasrError": "quasr.errors",
     "Segment": "quasr.types",
+    "ServiceResult": "quasr.pipeline.service",
+    "SpeechService": "quasr.pipeline.service",
     "Timings": "quasr.types",
     "TranscribeOptions": "quasr.types",
     "Transcriber": "quasr.pipeline.transcriber",
@@ -28,6 +31,8 @@ __all__ = [
     "Notice",
     "QuasrError",
     "Segment",
+    "ServiceResult",
+    "SpeechService",
     "Timings",
     "TranscribeOptions",
     "Transcriber",
