@@ -9,8 +9,10 @@ from typing import Annotated, Any
 import typer
 
 from quasr import __version__
+from quasr.cli.compare import compare
 from quasr.cli.doctor import doctor
 from quasr.cli.eval import evaluate
+from quasr.cli.plan import plan
 from quasr.cli.quantize import quantize
 from quasr.cli.transcribe import transcribe
 from quasr.errors import QuasrError
@@ -36,6 +38,8 @@ app = typer.Typer(
 app.command("transcribe")(transcribe)
 app.command("eval")(evaluate)
 app.command("quantize")(quantize)
+app.command("plan")(plan)
+app.command("compare")(compare)
 app.command("doctor")(doctor)
 
 
