@@ -231,9 +231,11 @@ def _exchange(
 def int4_linear(linear: nn.Linear, hessian: Tensor, group: int, gptq: GPTQOptions | None) -> Int4Linear:
     """`linear` in 4 bits with searched scales; codes by GPTQ or, where `gptq` is None, to nearest."""
     weight = linear.weight.detach()
-    scale = search_scales(weight, hessian, group, weight.dtype)
     if gptq is not None:
+        # Errors of correlated inputs make up for each other later, so each input counts for itself here.
+        scale = search_scales(weight, hessian.diagonal().diag(), group, weight.dtype)
         return Int4Linear.from_codes(gptq_codes(weight, hessian, scale, gptq), scale, bias_of(linear))
+    scale = search_scales(weight, hessian, group, weight.dtype)
     codes = round_codes(weight.float().unflatten(1, (-1, group)), scale.float()[..., None]).flatten(1)
     return Int4Linear.from_codes(codes.to(torch.int8), scale, bias_of(linear))
 
