@@ -233,7 +233,8 @@ def test_languages_that_are_gone_are_no_longer_told(chinese: Pruned, spoken: Pru
 
 
 @needs_speech
-@pytest.mark.parametrize("language", [None, pytest.param("English", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("language", [None, "English"])
 def test_greedy_tokens_are_the_same(spoken: Pruned, language: str | None) -> None:
     """And the logits of the kept rows, where the model's own words are all kept."""
     covered = 0

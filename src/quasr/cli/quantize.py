@@ -17,6 +17,7 @@ from quasr.cli.options import (  # noqa: TC001  (Typer reads the annotations)
     RevisionOption,
     ThresholdOption,
 )
+from quasr.cli.target import Target
 from quasr.cli.terminal import aligned, megabytes, note, result
 from quasr.errors import OptionError
 
@@ -53,6 +54,15 @@ def quantize(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with a calibration that was interrupted, from OUTPUT.work.")
     ] = False,
+    languages: Annotated[
+        str | None, typer.Option("--languages", help="Drop the tokens that these never use: codes, such as en,zh.")
+    ] = None,
+    keep_tokens_from: Annotated[
+        Path | None, typer.Option("--keep-tokens-from", help="Text (.txt, .xz) whose tokens stay; others may go.")
+    ] = None,
+    folder_format: Annotated[
+        str, typer.Option("--format", help="quasr, or compressed-tensors: int4 for transformers.")
+    ] = "quasr",
     threshold: ThresholdOption = None,
     device: DeviceOption = "auto",
     dtype: Annotated[
@@ -65,25 +75,26 @@ def quantize(
     """Quantise a checkpoint and save it as a folder."""
     from quasr.engine.device import choose
     from quasr.model.config import read_config
-    from quasr.quant.recipe import recipe_for
+    from quasr.quant.vocabulary import parse_keep
     from quasr.weights.hub import HubOptions, resolve
 
-    recipe = recipe_for(to if group is None else f"{to}-g{group}", threshold, rule or ())
-    _check(recipe, method)
+    target = Target(output, folder_format, parse_keep(languages, keep_tokens_from))
+    recipe = target.recipe(to if group is None else f"{to}-g{group}", threshold, rule or ())
+    _check(recipe, method, target)
     guide = calibration_for(method, calibration, resume, output)
     source = resolve(model, HubOptions(hub=hub, revision=revision, offline=offline))
     config = read_config(source)
     recipe.assign(config)
-    _quantise(source, config, recipe, output, guide, choose(device, _dtype(dtype, config)))
+    _quantise(source, config, recipe, target, guide, choose(device, _dtype(dtype, config)))
     return 0
 
 
-def _check(recipe: Recipe, method: str) -> None:
+def _check(recipe: Recipe, method: str, target: Target) -> None:
     if method not in METHODS:
         raise OptionError(f"unknown method {method!r}: there is {', '.join(METHODS)}")
     if method != "rtn" and all(scheme.kind != "int4" for _, scheme in recipe.rules):
         raise OptionError(f"--method {method} is for 4 bits, and {recipe.name} has none: say int4, or rtn")
-    if not recipe.rules:
+    if not recipe.rules and target.keep is None:
         raise OptionError(f"--to {recipe.name} quantises nothing: say int8, int4, or add a --rule")
 
 
@@ -95,13 +106,14 @@ def _dtype(asked: str, config: ModelConfig) -> str:
 
 
 def _quantise(
-    source: Path, config: ModelConfig, recipe: Recipe, output: Path, guide: Calibration | None, placement: Placement
+    source: Path, config: ModelConfig, recipe: Recipe, target: Target, guide: Calibration | None, placement: Placement
 ) -> None:
     from quasr.quant.recipe import NO_RECIPE
-    from quasr.quant.store import check_output, check_unquantised, save_quantised
+    from quasr.quant.store import check_output, check_unquantised
 
     check_unquantised(source)
-    check_output(output)
+    check_output(target.folder)
+    vocabulary = target.vocabulary(source, config)
     if guide is not None:
         guide.check()
     item = placement.dtype.itemsize
@@ -109,12 +121,15 @@ def _quantise(
     started = time.perf_counter()
     network, metadata = _network(source, config, recipe, guide, placement)
     loaded = time.perf_counter()
-    save_quantised(network, recipe, source, output, metadata)
+    files = {}
+    if vocabulary is not None:
+        files, metadata["vocabulary"] = vocabulary.apply(network), vocabulary.pruning.to_json()
+    target.save(network, recipe, source, metadata, files)
     if guide is not None:
         shutil.rmtree(guide.work)
     before, after = NO_RECIPE.weight_bytes(config, item), sum(tensor.nbytes for tensor in network.state_dict().values())
     result(f"{megabytes(before)} before, {megabytes(after)} after: {after / before:.1%}")
-    note(f"wrote {output}: quantised in {loaded - started:.1f} s, saved in {time.perf_counter() - loaded:.1f} s")
+    note(f"wrote {target.folder}: quantised in {loaded - started:.1f} s, saved in {time.perf_counter() - loaded:.1f} s")
 
 
 def _network(
