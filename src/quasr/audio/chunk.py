@@ -1,7 +1,8 @@
-"""Cuts long audio into pieces at its quietest moments, by the rule of the official `qwen-asr` package.
+"""Cuts long audio into pieces: by its cut plan, or by the rule of the official `qwen-asr` package.
 
-Near each nominal cut (the limit), the 100 ms window with the smallest sum of |x| is looked for, and the cut is at
-the smallest |x| in it. Pieces do not overlap: together they are the input, sample for sample.
+The official rule: near each nominal cut (the limit), the 100 ms window with the smallest sum of |x| is looked for, and
+the cut is at the smallest |x| in it. Such pieces do not overlap: together they are the input, sample for sample.
+Planned pieces leave out silence (`quasr.audio.plan`).
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from quasr.audio.plan import CutPlan
+from quasr.audio.vad import WINDOW
 from quasr.errors import OptionError
 from quasr.types import SAMPLE_RATE
 
@@ -19,6 +22,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from numpy.typing import NDArray
+
+    from quasr.audio.plan import PlanOptions, Span
+    from quasr.audio.vad import Detector
+
+OFFICIAL_SECONDS = 1200.0
+"""The model's limit: no longer piece can be decoded, and the official package cuts there."""
 
 SEARCH_SECONDS = 5.0
 QUIET_WINDOW = SAMPLE_RATE // 10
@@ -33,7 +42,7 @@ class Piece:
 
     @property
     def end(self) -> float:
-        """Seconds into the audio after the last sample; exactly the `start` of the next piece."""
+        """Seconds into the audio after the last sample; by the official rule exactly the `start` of the next piece."""
         return (round(self.start * SAMPLE_RATE) + len(self.samples)) / SAMPLE_RATE
 
 
@@ -84,6 +93,76 @@ def cut_position(samples: NDArray[np.float32], limit: int, search: int) -> int:
     total = np.concatenate([[0.0], np.cumsum(level, dtype=np.float64)])
     quietest = int(np.argmin(total[QUIET_WINDOW:] - total[:-QUIET_WINDOW]))
     return max(1, left + quietest + int(np.argmin(level[quietest : quietest + QUIET_WINDOW])))
+
+
+def speech_pieces(blocks: Iterable[NDArray[np.float32]], detector: Detector, options: PlanOptions) -> Iterator[Piece]:
+    """The planned pieces of a stream of blocks (n,) at 16 kHz, each as soon as it is decided, in constant memory.
+
+    Where nothing is found, the loudest stretch of `options.longest` is the one piece: a detector's word alone is not
+    enough to return nothing.
+    """
+    cutter, held, loudest = CutPlan(options), _Held(), _Loudest(round(options.longest * SAMPLE_RATE))
+    found = False
+    for block in blocks:
+        held.add(block)
+        if not found:
+            loudest.add(block)
+        for span in cutter.feed(detector.feed(block)):
+            found = True
+            yield held.piece(span)
+        held.forget(cutter.keep * WINDOW)
+    for span in [*cutter.feed(detector.finish()), *cutter.finish()]:
+        found = True
+        yield held.piece(span)
+    if not found and (piece := loudest.best()):
+        yield piece
+
+
+class _Held:
+    """The end of a stream, from sample `begin` on."""
+
+    def __init__(self) -> None:
+        self._begin = 0
+        self._samples = np.empty(0, np.float32)
+
+    def add(self, block: NDArray[np.float32]) -> None:
+        self._samples = np.concatenate([self._samples, block])
+
+    def forget(self, before: int) -> None:
+        self._samples = self._samples[max(0, before - self._begin) :]
+        self._begin = max(self._begin, before)
+
+    def piece(self, span: Span) -> Piece:
+        start = span.start * WINDOW
+        return Piece(start / SAMPLE_RATE, self._samples[start - self._begin : span.end * WINDOW - self._begin])
+
+
+class _Loudest:
+    """The loudest of a stream's stretches of `size` samples, end to end."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._begin = 0
+        self._held: NDArray[np.float32] = np.empty(0, np.float32)
+        self._best: tuple[float, Piece] | None = None
+
+    def add(self, block: NDArray[np.float32]) -> None:
+        self._held = np.concatenate([self._held, block])
+        while self._held.size >= self._size:
+            self._compare(self._held[: self._size])
+            self._held = self._held[self._size :]
+            self._begin += self._size
+
+    def best(self) -> Piece | None:
+        """None for a stream without samples."""
+        if self._held.size:
+            self._compare(self._held)
+        return self._best and self._best[1]
+
+    def _compare(self, samples: NDArray[np.float32]) -> None:
+        energy = float(np.square(samples, dtype=np.float64).sum())
+        if self._best is None or energy > self._best[0]:
+            self._best = energy, Piece(self._begin / SAMPLE_RATE, samples.copy())
 
 
 def _in_samples(limit_seconds: float, search_seconds: float) -> tuple[int, int]:
