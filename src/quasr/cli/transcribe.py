@@ -88,6 +88,9 @@ def transcribe(
     revision: RevisionOption = None,
     offline: OfflineOption = False,
     batch_size: BatchSizeOption = DEFAULTS.batch_size,
+    chunk: Annotated[
+        str, typer.Option("--chunk", help="Cut long audio: vad (in pauses), qwen (every 20 minutes) or none.")
+    ] = DEFAULTS.chunk,
     max_new_tokens: MaxNewTokensOption = None,
     allow_private_urls: Annotated[
         bool, typer.Option("--allow-private-urls", help="Fetch URLs of private addresses too.")
@@ -100,7 +103,9 @@ def transcribe(
         model, device, dtype, hub, revision, offline, compute_type, threshold, memory, batch_size, offload
     )
     with choice.load() as transcriber:
-        options = replace(transcriber.defaults, language=language, context=context, max_new_tokens=max_new_tokens)
+        options = replace(
+            transcriber.defaults, language=language, context=context, max_new_tokens=max_new_tokens, chunk=chunk
+        )
         tally = _run(transcriber, audio, stems, options, destination, allow_private_urls)
         _report(tally, len(audio), transcriber.info.device)
     return 1 if tally.failed else 0

@@ -13,11 +13,16 @@ from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from typing import TYPE_CHECKING
 
-from quasr.audio.chunk import SEARCH_SECONDS, pieces
+import numpy as np
+
+from quasr.audio.chunk import OFFICIAL_SECONDS, pieces, speech_pieces
 from quasr.audio.decode import stream
 from quasr.audio.mel import log_mel
+from quasr.audio.plan import PlanOptions
+from quasr.audio.source import name_of
+from quasr.audio.vad import detector, mostly_silent
 from quasr.engine.base import ClipRequest, token_budget
-from quasr.errors import AudioError
+from quasr.errors import AudioError, AudioTooLargeError
 from quasr.text.languages import separator
 from quasr.text.parse import parse_output
 from quasr.types import SAMPLE_RATE, Notice, Segment, Timings, Transcript
@@ -25,7 +30,6 @@ from quasr.types import SAMPLE_RATE, Notice, Segment, Timings, Transcript
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-    import numpy as np
     from numpy.typing import NDArray
 
     from quasr.audio.chunk import Piece
@@ -140,25 +144,56 @@ def _read_all(setup: Setup, sources: Iterable[AudioInput], jobs: deque[Job]) -> 
 
 def _read(setup: Setup, job: Job) -> Iterator[Task]:
     started = time.perf_counter()
-    blocks = stream(job.source, setup.limits, on_warning=job.notices.append)
-    for piece in cut(blocks, setup.options.piece_seconds):
+    blocks = _counted(stream(job.source, setup.limits, on_warning=job.notices.append), job)
+    for piece in cut(blocks, setup.options, job):
         task = _task(setup, job, piece)
-        job.spend(audio=task.end - task.start, decode=time.perf_counter() - started)
+        job.spend(decode=time.perf_counter() - started)
         job.waiting += 1
         yield task
         started = time.perf_counter()
 
 
-def cut(blocks: Iterator[NDArray[np.float32]], longest: float) -> Iterator[Piece]:
-    """Pieces of at most `longest` seconds of a stream at 16 kHz; audio that is no longer than that stays whole."""
+def _counted(blocks: Iterator[NDArray[np.float32]], job: Job) -> Iterator[NDArray[np.float32]]:
+    """The same blocks; the job's seconds of audio grow with them, silence included."""
+    for block in blocks:
+        job.spend(audio=block.size / SAMPLE_RATE)
+        yield block
+
+
+def cut(blocks: Iterator[NDArray[np.float32]], options: TranscribeOptions, job: Job) -> Iterator[Piece]:
+    """Pieces of a stream at 16 kHz, by `options.chunk`. What fits into one piece stays whole, unless it is mostly
+    silence."""
+    if options.chunk == "qwen":
+        return pieces(blocks, OFFICIAL_SECONDS)
+    if options.chunk == "none":
+        return _uncut(blocks, job)
+    head, more = _head(blocks, options.piece_seconds)
+    if not more and not mostly_silent(np.concatenate(head)):
+        return pieces(head, options.piece_seconds, search_seconds=0.0)
+    chosen = detector()
+    if chosen.name == "energy":
+        job.notices.append(Notice("energy_vad", chosen.reason))
+    return speech_pieces(chain(head, blocks), chosen, PlanOptions(longest=options.piece_seconds))
+
+
+def _uncut(blocks: Iterator[NDArray[np.float32]], job: Job) -> Iterator[Piece]:
+    head, more = _head(blocks, OFFICIAL_SECONDS)
+    if more:
+        raise AudioTooLargeError(
+            f"{name_of(job.source)} is longer than the {OFFICIAL_SECONDS / 60:.0f} minutes that the model takes uncut: "
+            "choose chunk vad or qwen"
+        )
+    yield from pieces(head, OFFICIAL_SECONDS)
+
+
+def _head(blocks: Iterator[NDArray[np.float32]], seconds: float) -> tuple[list[NDArray[np.float32]], bool]:
+    """The blocks up to the one that passes `seconds`, and whether one did."""
     head: list[NDArray[np.float32]] = []
-    while sum(map(len, head)) <= longest * SAMPLE_RATE:
-        block = next(blocks, None)
-        if block is None:
-            return pieces(head, longest, search_seconds=0.0)
+    for block in blocks:
         head.append(block)
-    search = min(SEARCH_SECONDS, longest / 4)
-    return pieces(chain(head, blocks), longest - search, search)
+        if sum(map(len, head)) > seconds * SAMPLE_RATE:
+            return head, True
+    return head, False
 
 
 def _task(setup: Setup, job: Job, piece: Piece) -> Task:

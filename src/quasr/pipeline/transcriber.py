@@ -18,7 +18,7 @@ from quasr.text.languages import LANGUAGES
 from quasr.text.languages import resolve as resolve_language
 from quasr.text.prompt import build_prompt
 from quasr.text.tokenizer import Tokenizer
-from quasr.types import TranscribeOptions, Transcript
+from quasr.types import CHUNK_RULES, TranscribeOptions, Transcript
 from quasr.weights.hub import HubOptions
 from quasr.weights.hub import resolve as resolve_model
 
@@ -261,4 +261,6 @@ def _checked(options: TranscribeOptions, overrides: dict[str, object]) -> Transc
         raise OptionError(f"batch_size is {chosen.batch_size}: it must be at least 1")
     if chosen.max_new_tokens is not None and chosen.max_new_tokens < 1:
         raise OptionError(f"max_new_tokens is {chosen.max_new_tokens}: it must be at least 1")
+    if chosen.chunk not in CHUNK_RULES:
+        raise OptionError(f"chunk is {chosen.chunk!r}: use {', '.join(CHUNK_RULES)}")
     return chosen
