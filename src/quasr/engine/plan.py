@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Literal
 
 from quasr.engine.base import token_budget
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from quasr.model.config import ModelConfig
-    from quasr.quant.recipe import Layer, Recipe
-    from quasr.quant.scheme import Scheme
+    from quasr.quant.recipe import Recipe
+    from quasr.quant.scheme import Kind
 
 CUDA_CONTEXT = 450_000_000
 """Assumed: the CUDA context and torch's kernels, which no allocator counts. It depends on GPU and driver."""
@@ -163,15 +164,14 @@ class Estimate:
 def estimate(config: ModelConfig, candidate: Candidate, work: Work) -> Estimate:
     """Raises OptionError where the candidate's groups do not divide the network's sizes."""
     target, recipe = candidate.target, candidate.recipe
-    schemes = recipe.assign(config)
     return Estimate(
         candidate,
         work,
-        weights=recipe.weight_bytes(config, target.item),
+        weights=_weight_bytes(config, recipe, target.item),
         cache=cache_bytes(config, target, work),
-        encode=max(stem_bytes(config, target, work), encoder_bytes(config, target, work, schemes)),
-        prefill=prefill_bytes(config, target, work, schemes),
-        generate=generate_bytes(config, target, work, schemes),
+        encode=max(stem_bytes(config, target, work), encoder_bytes(config, target, work, recipe)),
+        prefill=prefill_bytes(config, target, work, recipe),
+        generate=generate_bytes(config, target, work, recipe),
     )
 
 
@@ -196,7 +196,7 @@ def stem_bytes(config: ModelConfig, target: Target, work: Work) -> int:
     return (2 * chunks + part) * chunk * 4 + part * (2 * first + first // 4) * target.item + tokens
 
 
-def encoder_bytes(config: ModelConfig, target: Target, work: Work, schemes: dict[str, Scheme]) -> int:
+def encoder_bytes(config: ModelConfig, target: Target, work: Work, recipe: Recipe) -> int:
     """One layer over all windows: what went in, the residual twice, and the wider of attention and MLP.
 
     Attention holds its norm, q, k, v, the mixed values and the output; the MLP its inner width before and after GELU.
@@ -210,11 +210,11 @@ def encoder_bytes(config: ModelConfig, target: Target, work: Work, schemes: dict
     mlp = 2 * audio.width * target.residual + max(
         2 * audio.ffn * item, (audio.width + audio.ffn) * item + audio.ffn * target.accumulator
     )
-    extra = dequantised_bytes(config, target, schemes, "encoder.") + mixed_bytes(config, rows, schemes, "encoder.")
+    extra = dequantised_bytes(config, target, recipe, "encoder.") + mixed_bytes(config, rows, recipe, "encoder.")
     return kept + rows * max(attention, mlp) + extra
 
 
-def prefill_bytes(config: ModelConfig, target: Target, work: Work, schemes: dict[str, Scheme]) -> int:
+def prefill_bytes(config: ModelConfig, target: Target, work: Work, recipe: Recipe) -> int:
     """The prompt's embeddings and one layer over all of its positions, as wide as attention or MLP needs.
 
     Attention is fullest while it turns the queries: them, k, v, and four more of the queries' size. The MLP holds its
@@ -228,47 +228,40 @@ def prefill_bytes(config: ModelConfig, target: Target, work: Work, schemes: dict
     inner = text.ffn * max(3 * item, 2 * item + target.accumulator)
     mlp = 2 * target.residual * text.hidden + text.hidden * item + inner
     angles = 2 * length * text.head_dim * 4
-    extra = dequantised_bytes(config, target, schemes, "decoder.") + mixed_bytes(config, rows, schemes, "decoder.")
+    extra = dequantised_bytes(config, target, recipe, "decoder.") + mixed_bytes(config, rows, recipe, "decoder.")
     layer = rows * max(attention, mlp) + angles + extra + score_bytes(config, target, work)
-    return _embeddings(config, target, work) + max(layer, head_bytes(config, target, work, schemes))
+    return _embeddings(config, target, work) + max(layer, head_bytes(config, target, work, recipe))
 
 
-def generate_bytes(config: ModelConfig, target: Target, work: Work, schemes: dict[str, Scheme]) -> int:
+def generate_bytes(config: ModelConfig, target: Target, work: Work, recipe: Recipe) -> int:
     """The embeddings, still held, and the larger of a second cache and a step's products.
 
     The second cache is the copy of the rows that go on, once a quarter of the batch has finished.
     """
     kept = work.batch - math.ceil(work.batch / DROP_AT)
     copied = cache_bytes(config, target, work) * kept // work.batch
-    step = max(dequantised_bytes(config, target, schemes, "decoder."), head_bytes(config, target, work, schemes))
+    step = max(dequantised_bytes(config, target, recipe, "decoder."), head_bytes(config, target, work, recipe))
     return _embeddings(config, target, work) + max(copied, step)
 
 
-def head_bytes(config: ModelConfig, target: Target, work: Work, schemes: dict[str, Scheme]) -> int:
+def head_bytes(config: ModelConfig, target: Target, work: Work, recipe: Recipe) -> int:
     """Logits in the network's dtype, in fp32 and their exponentials; an int8 head also dequantises a slice, twice."""
     logits = work.batch * config.text.vocab_size * (2 * target.item if target.item == 4 else target.item + 8)
     numbers = min(HEAD_NUMBERS, config.text.vocab_size * config.text.hidden)
-    return logits + (2 * numbers * target.item if EMBEDDING in schemes and config.text.tied_head else 0)
+    return logits + (2 * numbers * target.item if _sizes(config, recipe, EMBEDDING) and config.text.tied_head else 0)
 
 
-def dequantised_bytes(config: ModelConfig, target: Target, schemes: dict[str, Scheme], half: str) -> int:
+def dequantised_bytes(config: ModelConfig, target: Target, recipe: Recipe, half: str) -> int:
     """The largest weight that is expanded for its product: codes and product for int8 and int4, NF4's result alone."""
     copies = {"int8": 2, "int4": 2, "nf4": 1}
-    return max(
-        (copies.get(scheme.kind, 0) * layer.rows * layer.columns * target.item
-         for layer, scheme in _quantised(config, schemes, half)),
-        default=0,
-    )  # fmt: skip
+    sizes = (copies.get(kind, 0) * rows * columns for rows, columns, kind in _sizes(config, recipe, half))
+    return max(sizes, default=0) * target.item
 
 
-def mixed_bytes(config: ModelConfig, rows: int, schemes: dict[str, Scheme], half: str) -> int:
+def mixed_bytes(config: ModelConfig, rows: int, recipe: Recipe, half: str) -> int:
     """LLM.int8's own activations: int8 inputs, and int32 sums beside their fp32 form."""
-    sizes = (
-        rows * (8 * layer.rows + layer.columns)
-        for layer, scheme in _quantised(config, schemes, half)
-        if scheme.kind == "llm-int8"
-    )
-    return max(sizes, default=0)
+    sizes = (out * 8 + columns for out, columns, kind in _sizes(config, recipe, half) if kind == "llm-int8")
+    return rows * max(sizes, default=0)
 
 
 def score_bytes(config: ModelConfig, target: Target, work: Work) -> int:
@@ -282,10 +275,21 @@ def _embeddings(config: ModelConfig, target: Target, work: Work) -> int:
     return work.batch * work.prompt_length(config) * config.text.hidden * target.item
 
 
-def _quantised(config: ModelConfig, schemes: dict[str, Scheme], half: str) -> Iterator[tuple[Layer, Scheme]]:
-    for layer in layers(config):
-        if layer.kind == "linear" and layer.name.startswith(half) and layer.name in schemes:
-            yield layer, schemes[layer.name]
+# Cached, because a plan asks them again for every clip length and batch that it tries.
+@cache
+def _weight_bytes(config: ModelConfig, recipe: Recipe, item: int) -> int:
+    return recipe.weight_bytes(config, item)
+
+
+@cache
+def _sizes(config: ModelConfig, recipe: Recipe, part: str) -> frozenset[tuple[int, int, Kind]]:
+    """(rows, columns, kind) of the quantised linears whose names begin with `part`, or of the embedding."""
+    schemes = recipe.assign(config)
+    return frozenset(
+        (layer.rows, layer.columns, schemes[layer.name].kind)
+        for layer in layers(config)
+        if layer.name in schemes and layer.name.startswith(part) and (layer.kind == "linear" or part == EMBEDDING)
+    )
 
 
 def candidates(
@@ -346,7 +350,11 @@ class Plan:
 
     @property
     def chosen(self) -> Estimate:
-        """Raises ResourceError where nothing fits, with the smallest budget that would do."""
+        """Raises ResourceError where nothing fits, with the smallest budget that would do, and OptionError where no
+        candidate can be.
+        """
+        if all(row.problem for row in self.rows):
+            raise OptionError(self.rows[0].problem)
         for row in self.rows:
             if row.fits and row.candidate.automatic and row.best:
                 return row.best
@@ -365,8 +373,6 @@ class Plan:
 
     def _excuse(self) -> str:
         least = [row.best for row in self.rows if row.best and row.candidate.automatic]
-        if not least:
-            return next(row.problem for row in self.rows)
         best = min(least, key=lambda one: one.peak)
         return (
             f"nothing fits into {written(self.wish.budget)}: the least is {written(best.peak)}, with "
@@ -381,7 +387,7 @@ def plan(config: ModelConfig, choices: Sequence[Candidate], wish: Wish) -> Plan:
 
 def _row(config: ModelConfig, candidate: Candidate, wish: Wish) -> Row:
     try:
-        candidate.recipe.assign(config)
+        _sizes(config, candidate.recipe, EMBEDDING)
     except OptionError as error:
         return Row(candidate, problem=str(error))
     tried = (estimate(config, candidate, work) for work in wish.works())
