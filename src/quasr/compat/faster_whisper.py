@@ -222,9 +222,10 @@ _SAME_ANYWAY: dict[str, tuple[object, ...]] = {
     "condition_on_previous_text": (False,),
     "multilingual": (True,),
     "suppress_tokens": (None, ()),
+    "vad_filter": (True,),
     "without_timestamps": (True,),
 }
-"""Values that ask for what quasr does: greedy decoding, each piece for itself, in its own language."""
+"""Values that ask for what quasr does: greedy decoding, each piece for itself, without silence, in its language."""
 
 
 def _ignored(given: dict[str, Any]) -> list[str]:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from quasr.audio.decode import log_notice
 from quasr.audio.source import kind_of
 from quasr.compat import ArgumentError, warn_ignored
 from quasr.engine.base import token_budget
@@ -155,6 +156,8 @@ _KNOWN = (
 def _transcription(outcome: Transcript | AudioError) -> ASRTranscription:
     if isinstance(outcome, AudioError):
         raise outcome
+    for notice in outcome.warnings:
+        log_notice(notice)
     changes: list[str] = []
     for segment in outcome.segments:
         if segment.language and segment.language not in changes[-1:]:

@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
+from quasr.audio.decode import log_notice
 from quasr.audio.source import Kind, kind_of, name_of
 from quasr.errors import AudioError, OptionError, QuasrError
 from quasr.pipeline.transcriber import Transcriber, load
@@ -355,7 +356,7 @@ def _result(outcome: Transcript | AudioError) -> ServiceResult:
     if isinstance(outcome, AudioError):
         return ServiceResult(success=False, error=str(outcome))
     for notice in outcome.warnings:
-        _log.warning("%s", notice.message)
+        log_notice(notice)
     return ServiceResult(True, outcome.text, outcome.duration, outcome.language)
 
 

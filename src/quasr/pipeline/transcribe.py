@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from quasr.audio.chunk import OFFICIAL_SECONDS, pieces, speech_pieces
-from quasr.audio.decode import stream
+from quasr.audio.decode import log_notice, stream
 from quasr.audio.mel import log_mel
 from quasr.audio.plan import PlanOptions
 from quasr.audio.source import name_of
@@ -105,7 +105,7 @@ def stream_segments(
 ) -> Iterator[Segment]:
     """The segments of one input's transcript, each as soon as its batch is decoded.
 
-    Raises AudioError where the audio cannot be read on, after the segments before that place.
+    Raises AudioError where the audio cannot be read on, after the segments before that place. Warnings are logged.
     """
     jobs: deque[Job] = deque()
     seen = given = 0
@@ -116,6 +116,8 @@ def stream_segments(
             if segment.text:
                 yield replace(segment, id=given)
                 given += 1
+    for notice in jobs[0].notices:
+        log_notice(notice)
     if jobs[0].error:
         raise jobs[0].error
 
