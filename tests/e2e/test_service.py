@@ -1,4 +1,4 @@
-"""The service and lazy segments on the bundled demo model: answers, order, memory."""
+"""The service, lazy segments and the stand-ins on the bundled demo model: answers, order, memory."""
 
 from __future__ import annotations
 
@@ -13,9 +13,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+import torch
 
 import quasr
 from quasr.audio.decode import load as decode
+from quasr.compat.faster_whisper import WhisperModel
+from quasr.compat.qwen_asr import Qwen3ASRModel
 from quasr.errors import AudioDecodeError, AudioNotFoundError, OptionError
 
 if TYPE_CHECKING:
@@ -120,6 +123,22 @@ def test_loading_and_unloading_twenty_times_leaks_nothing(sample: NDArray[np.flo
     assert len([thread for thread in threading.enumerate() if thread.name == "quasr-service"]) == 0
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+def test_unloading_gives_the_device_s_memory_back(sample: NDArray[np.float32]) -> None:
+    clip = wav(sample[: RATE * 2])
+    with quasr.SpeechService("demo", device="cuda") as service:
+        free = []
+        for _ in range(21):
+            assert service.transcribe_bytes(clip).success
+            assert torch.cuda.memory_reserved() > 0
+            service.unload()
+            assert torch.cuda.memory_allocated() < 10 << 20
+            free.append(torch.cuda.mem_get_info()[0])
+    total = torch.cuda.mem_get_info()[1]
+    assert total - free[-1] <= (total - free[0]) * 1.05
+
+
 def test_segments_come_as_their_batches_finish(sample: NDArray[np.float32]) -> None:
     pause = np.zeros(RATE // 2, np.float32)
     audio = (np.concatenate([sample[: RATE * 2], pause, sample[: RATE * 2], pause, sample[: RATE * 2]]), RATE)
@@ -146,3 +165,14 @@ def test_lazy_segments_check_options_at_once_and_raise_where_the_audio_ends(tmp_
             next(missing)
         with pytest.raises(AudioDecodeError):
             list(transcriber.stream_segments(b"no audio"))
+
+
+def test_the_stand_ins_say_what_we_say() -> None:
+    text = (SAMPLE.with_name("sample.txt")).read_text(encoding="utf-8").strip()
+    model = Qwen3ASRModel.from_pretrained("demo", device_map="cpu")
+    (result,) = model.transcribe(str(SAMPLE), language="English")
+    segments, info = WhisperModel("demo", device="cpu").transcribe(str(SAMPLE))
+    assert (result.text, result.language) == ("".join(segment.text for segment in segments), "English")
+    assert result.text.lower().split()[:6] == text.lower().split()[:6]
+    assert (info.language, info.duration) == ("en", pytest.approx(5.575, abs=0.01))
+    assert 0.5 < info.language_probability <= 1.0
