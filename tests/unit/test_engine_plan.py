@@ -174,6 +174,7 @@ def test_nothing_fits_names_a_budget_that_does() -> None:
 def test_short_audio_and_a_wanted_batch() -> None:
     works = list(Wish(1, seconds=3).works())
     assert works == [Work(3, 1)]
+    assert [work.seconds for work in Wish(1, seconds=12, batch=1).works()] == [12, 10, 5]
     assert {work.batch for work in Wish(1, batch=5).works()} == {5}
     assert next(Wish(1, seconds=70).works()) == Work(30, 3)
     assert next(Wish(1, largest_batch=2).works()) == Work(30, 2)

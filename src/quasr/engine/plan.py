@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 CUDA_CONTEXT = 450_000_000
 """Assumed: the CUDA context and torch's kernels, which no allocator counts. It depends on GPU and driver."""
 
-HOST_PROCESS = 400_000_000
-"""Assumed: interpreter, torch and the audio libraries in main memory, before any weight."""
+HOST_PROCESS = 350_000_000
+"""Assumed: interpreter, torch and the audio libraries in main memory; 310 MB were measured on Linux without CUDA."""
 
 PROMPT_TOKENS = 64
 """Template, language, and a short context."""
@@ -200,6 +200,7 @@ def encoder_bytes(config: ModelConfig, target: Target, work: Work, recipe: Recip
     """One layer over all windows: what went in, the residual twice, and the wider of attention and MLP.
 
     Attention holds its norm, q, k, v, the mixed values and the output; the MLP its inner width before and after GELU.
+    A weight is expanded while only one of the two is there.
     """
     audio, item = config.audio, target.item
     chunks = math.ceil(work.frames / audio.chunk_frames)
@@ -210,15 +211,17 @@ def encoder_bytes(config: ModelConfig, target: Target, work: Work, recipe: Recip
     mlp = 2 * audio.width * target.residual + max(
         2 * audio.ffn * item, (audio.width + audio.ffn) * item + audio.ffn * target.accumulator
     )
-    extra = dequantised_bytes(config, target, recipe, "encoder.") + mixed_bytes(config, rows, recipe, "encoder.")
-    return kept + rows * max(attention, mlp) + extra
+    layer = rows * max(attention, mlp)
+    expanded = layer - rows * audio.ffn * item + sum(dequantised_bytes(config, target, recipe, "encoder."))
+    return kept + max(layer, expanded) + mixed_bytes(config, rows, recipe, "encoder.")
 
 
 def prefill_bytes(config: ModelConfig, target: Target, work: Work, recipe: Recipe) -> int:
     """The prompt's embeddings and one layer over all of its positions, as wide as attention or MLP needs.
 
     Attention is fullest while it turns the queries: them, k, v, and four more of the queries' size. The MLP holds its
-    inner width three times: gate, up and their product.
+    inner width three times: gate, up and their product. A weight is expanded while one of them is there, and
+    used for the second.
     """
     text, item = config.text, target.item
     length = work.prompt_length(config)
@@ -228,9 +231,13 @@ def prefill_bytes(config: ModelConfig, target: Target, work: Work, recipe: Recip
     inner = text.ffn * max(3 * item, 2 * item + target.accumulator)
     mlp = 2 * target.residual * text.hidden + text.hidden * item + inner
     angles = 2 * length * text.head_dim * 4
-    extra = dequantised_bytes(config, target, recipe, "decoder.") + mixed_bytes(config, rows, recipe, "decoder.")
-    layer = rows * max(attention, mlp) + angles + extra + score_bytes(config, target, work)
-    return _embeddings(config, target, work) + max(layer, head_bytes(config, target, work, recipe))
+    layer = rows * max(attention, mlp)
+    inner = rows * text.ffn * item
+    codes, weight = dequantised_bytes(config, target, recipe, "decoder.")
+    expanded = layer - inner + max(weight, codes + weight - inner)
+    others = angles + mixed_bytes(config, rows, recipe, "decoder.") + score_bytes(config, target, work)
+    widest = max(max(layer, expanded) + others, head_bytes(config, target, work, recipe))
+    return _embeddings(config, target, work) + widest
 
 
 def generate_bytes(config: ModelConfig, target: Target, work: Work, recipe: Recipe) -> int:
@@ -240,7 +247,7 @@ def generate_bytes(config: ModelConfig, target: Target, work: Work, recipe: Reci
     """
     kept = work.batch - math.ceil(work.batch / DROP_AT)
     copied = cache_bytes(config, target, work) * kept // work.batch
-    step = max(dequantised_bytes(config, target, recipe, "decoder."), head_bytes(config, target, work, recipe))
+    step = max(sum(dequantised_bytes(config, target, recipe, "decoder.")), head_bytes(config, target, work, recipe))
     return _embeddings(config, target, work) + max(copied, step)
 
 
@@ -251,11 +258,11 @@ def head_bytes(config: ModelConfig, target: Target, work: Work, recipe: Recipe) 
     return logits + (2 * numbers * target.item if _sizes(config, recipe, EMBEDDING) and config.text.tied_head else 0)
 
 
-def dequantised_bytes(config: ModelConfig, target: Target, recipe: Recipe, half: str) -> int:
-    """The largest weight that is expanded for its product: codes and product for int8 and int4, NF4's result alone."""
-    copies = {"int8": 2, "int4": 2, "nf4": 1}
-    sizes = (copies.get(kind, 0) * rows * columns for rows, columns, kind in _sizes(config, recipe, half))
-    return max(sizes, default=0) * target.item
+def dequantised_bytes(config: ModelConfig, target: Target, recipe: Recipe, half: str) -> tuple[int, int]:
+    """The largest weight that is expanded for its product: its codes as floats (int8 and int4), and the weight."""
+    sizes = [(rows * columns, kind) for rows, columns, kind in _sizes(config, recipe, half) if kind != "llm-int8"]
+    numbers, kind = max(sizes, default=(0, "none"))
+    return (0 if kind == "nf4" else numbers * target.item), numbers * target.item
 
 
 def mixed_bytes(config: ModelConfig, rows: int, recipe: Recipe, half: str) -> int:
@@ -321,8 +328,7 @@ class Wish:
 
     def works(self) -> Iterator[Work]:
         """All that may be tried: the longest clip first, and of each the biggest batch."""
-        pieces = [piece for piece in PIECES if self.seconds is None or piece <= self.seconds]
-        for piece in pieces or [self.seconds or PIECES[-1]]:
+        for piece in dict.fromkeys(min(piece, self.seconds or piece) for piece in PIECES):
             most = self.largest_batch if self.seconds is None else math.ceil(self.seconds / piece)
             for batch in [self.batch] if self.batch else range(min(most, self.largest_batch), 0, -1):
                 yield Work(piece, batch)
@@ -364,7 +370,7 @@ class Plan:
         """One sentence about the choice."""
         taken = self.chosen
         higher = [row.candidate.name for row in self.rows[: [row.best for row in self.rows].index(taken)]]
-        reason = f"{', '.join(higher)} would need more" if higher else "nothing is more precise"
+        reason = f"{', '.join(higher)} would need more" if higher else "nothing more precise was to choose from"
         work = taken.work
         return (
             f"{taken.candidate.name}, clips of up to {work.seconds:g} s, batches of {work.batch}: "
