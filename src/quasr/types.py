@@ -8,8 +8,8 @@ from typing import Any, Literal
 SAMPLE_RATE = 16_000
 """Samples a second of everything between decoding and the mel frames."""
 
-FinishReason = Literal["stop", "length"]
-"""Why decoding ended: the model said so, or the token budget ran out."""
+FinishReason = Literal["stop", "length", "loop"]
+"""Why decoding ended: the model said so, the token budget ran out, or the model repeated itself and was stopped."""
 
 
 CHUNK_RULES = ("vad", "qwen", "none")
@@ -28,12 +28,20 @@ class Word:
 
 @dataclass(frozen=True, slots=True)
 class Notice:
-    """A machine-readable warning about a result; `start` and `end` in seconds where it concerns a part."""
+    """A machine-readable warning about a result; `start` and `end` in seconds where it concerns a part.
+
+    Codes about the audio: "damaged_audio" (it could be read in part), "energy_vad" (cut without Silero). Codes of the
+    guards about one piece: "repetition" (the model repeated itself; one copy is kept), "token_budget" (it stopped at
+    its budget), "empty_on_speech" (no text where somebody speaks), "context_echo" (only words of the context where
+    nobody does, or by a bad guess), "language_flip" (another language than nearly all other pieces of the file).
+    `retry_helped`: whether a second try of the piece was kept and is free of the fault; None where there was none.
+    """
 
     code: str
     message: str
     start: float | None = None
     end: float | None = None
+    retry_helped: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +49,8 @@ class Segment:
     """One piece of the audio and its text. `"".join(s.text for s in segments) == transcript.text`.
 
     `text` carries the separator that joins it to the piece before, so it may begin with a space.
-    `avg_logprob` is the mean natural-log probability of the piece's tokens.
+    `avg_logprob` is the mean natural-log probability of the piece's tokens: all that the model wrote, so the language
+    and `<asr_text>` too where the language was not forced, but neither the stop token nor a loop's further copies.
     """
 
     id: int
@@ -94,6 +103,7 @@ class TranscribeOptions:
 
     `chunk` says how long audio is cut: "vad" in its pauses, into pieces of at most `piece_seconds`, without
     silence; "qwen" by the official rule, every 20 minutes; "none" not at all, up to the model's 20 minutes.
+    With `guards`, loops are stopped and a piece whose result is suspect is decoded a second time (`Notice`).
     """
 
     language: str | None = None
@@ -102,3 +112,4 @@ class TranscribeOptions:
     piece_seconds: float = 30.0
     batch_size: int = 8
     chunk: str = "vad"
+    guards: bool = True

@@ -28,17 +28,21 @@ def token_budget(seconds: float) -> int:
 
 @dataclass(frozen=True, slots=True)
 class ClipRequest:
-    """One clip. `mel` is (mel_bins, frames) float32; the prompt is `prefix`, one position a audio token, `suffix`."""
+    """One clip. `mel` is (mel_bins, frames) float32; the prompt is `prefix`, one position a audio token, `suffix`.
+
+    With `stop_loops` decoding ends in a loop of tokens (`quasr.text.loops`) and not at the budget.
+    """
 
     mel: NDArray[np.float32]
     prefix: tuple[int, ...]
     suffix: tuple[int, ...]
     max_new_tokens: int
+    stop_loops: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class ClipResult:
-    """New tokens without the stop token, with the natural-log probability of each."""
+    """New tokens without the stop token, with the natural-log probability of each. "loop": they end in one, whole."""
 
     tokens: tuple[int, ...]
     logprobs: tuple[float, ...]

@@ -14,6 +14,7 @@ import torch
 from quasr.engine.base import ClipRequest, ClipResult, EngineInfo, EngineStats
 from quasr.errors import ModelError, ResourceError
 from quasr.model.decoder import KVCache
+from quasr.text.loops import LoopDetector
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence
@@ -30,22 +31,30 @@ DROP_AT = 4
 
 @dataclass(slots=True)
 class Row:
-    """One clip while it is decoded. `position` is how much of its cache is filled."""
+    """One clip while it is decoded. `position` is how much of its cache is filled; `loops` None lets it loop."""
 
     position: int
     budget: int
     tokens: list[int]
     logprobs: list[float]
+    loops: LoopDetector | None = None
     finish_reason: FinishReason | None = None
 
+    @classmethod
+    def of(cls, request: ClipRequest, length: int) -> Row:
+        """The row of a clip whose prompt is `length` positions long."""
+        return cls(length, request.max_new_tokens, [], [], LoopDetector() if request.stop_loops else None)
+
     def take(self, token: int, logprob: float, stop_ids: frozenset[int]) -> None:
-        """Appends one token, or ends the row at a stop token or when the budget is used up."""
+        """Appends one token, or ends the row at a stop token, in a loop, or when the budget is used up."""
         if token in stop_ids:
             self.finish_reason = "stop"
             return
         self.tokens.append(token)
         self.logprobs.append(logprob)
-        if len(self.tokens) >= self.budget:
+        if self.loops and self.loops.found(self.tokens):
+            self.finish_reason = "loop"
+        elif len(self.tokens) >= self.budget:
             self.finish_reason = "length"
 
     def result(self) -> ClipResult:
@@ -89,9 +98,7 @@ class TorchEngine:
             return []
         with torch.inference_mode(), _memory_advice(requests, self._placement.device):
             embeddings, lengths = self._embed(requests)
-            rows = [
-                Row(length, request.max_new_tokens, [], []) for length, request in zip(lengths, requests, strict=True)
-            ]
+            rows = [Row.of(request, length) for request, length in zip(requests, lengths, strict=True)]
             self._decode(embeddings, rows)
         self._stats.tokens += sum(len(row.tokens) for row in rows)
         return [row.result() for row in rows]

@@ -23,8 +23,19 @@ from quasr.audio.source import name_of
 from quasr.audio.vad import detector, mostly_silent
 from quasr.engine.base import ClipRequest, token_budget
 from quasr.errors import AudioError, AudioTooLargeError
+from quasr.pipeline.guard import (
+    Case,
+    Verdict,
+    budget_fault,
+    compare,
+    late_flips,
+    majority_language,
+    read_result,
+    remedy,
+    warning,
+)
 from quasr.text.languages import separator
-from quasr.text.parse import parse_output
+from quasr.text.prompt import build_prompt
 from quasr.types import SAMPLE_RATE, Notice, Segment, Timings, Transcript
 
 if TYPE_CHECKING:
@@ -35,7 +46,8 @@ if TYPE_CHECKING:
     from quasr.audio.chunk import Piece
     from quasr.audio.fetch import FetchLimits
     from quasr.audio.source import AudioInput
-    from quasr.engine.base import ClipResult, Engine
+    from quasr.engine.base import Engine
+    from quasr.pipeline.guard import Part
     from quasr.text.prompt import Prompt
     from quasr.text.tokenizer import Tokenizer
     from quasr.types import TranscribeOptions
@@ -82,12 +94,15 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One piece of one job, ready for the engine; `start` and `end` in seconds."""
+    """One piece of one job, ready for the engine. The piece is kept for a second try, until its batch is done."""
 
     job: Job
-    start: float
-    end: float
+    piece: Piece
     request: ClipRequest
+
+    @property
+    def seconds(self) -> float:
+        return self.piece.end - self.piece.start
 
 
 def transcribe(
@@ -96,8 +111,8 @@ def transcribe(
     """A transcript for each source, in order; an input that fails gives its error and does not stop the others."""
     jobs: deque[Job] = deque()
     for _ in _batches(engine, setup, _read_all(setup, sources, jobs), progress):
-        yield from _finished(jobs)
-    yield from _finished(jobs)
+        yield from _finished(setup, jobs)
+    yield from _finished(setup, jobs)
 
 
 def stream_segments(
@@ -116,6 +131,7 @@ def stream_segments(
             if segment.text:
                 yield replace(segment, id=given)
                 given += 1
+    _judge_whole(setup, jobs[0])
     for notice in jobs[0].notices:
         log_notice(notice)
     if jobs[0].error:
@@ -127,7 +143,7 @@ def _batches(engine: Engine, setup: Setup, tasks: Iterator[Task], progress: Prog
     seconds = 0.0
     while batch := tuple(islice(tasks, setup.options.batch_size)):
         _decode(engine, setup, batch)
-        seconds += sum(task.end - task.start for task in batch)
+        seconds += sum(task.seconds for task in batch)
         if progress:
             progress(seconds)
         yield
@@ -148,7 +164,7 @@ def _read(setup: Setup, job: Job) -> Iterator[Task]:
     started = time.perf_counter()
     blocks = _counted(stream(job.source, setup.limits, on_warning=job.notices.append), job)
     for piece in cut(blocks, setup.options, job):
-        task = _task(setup, job, piece)
+        task = _task(setup, job, piece, setup.prompt)
         job.spend(decode=time.perf_counter() - started)
         job.waiting += 1
         yield task
@@ -198,76 +214,105 @@ def _head(blocks: Iterator[NDArray[np.float32]], seconds: float) -> tuple[list[N
     return head, False
 
 
-def _task(setup: Setup, job: Job, piece: Piece) -> Task:
+def _task(setup: Setup, job: Job, piece: Piece, prompt: Prompt) -> Task:
     request = ClipRequest(
         mel=log_mel(piece.samples, setup.mel_bins),
-        prefix=setup.prompt.prefix,
-        suffix=setup.prompt.suffix,
+        prefix=prompt.prefix,
+        suffix=prompt.suffix,
         max_new_tokens=setup.options.max_new_tokens or token_budget(piece.end - piece.start),
+        stop_loops=setup.options.guards,
     )
-    return Task(job, piece.start, piece.end, request)
+    return Task(job, piece, request)
 
 
 def _decode(engine: Engine, setup: Setup, batch: Sequence[Task]) -> None:
+    """Decodes one batch, tries its suspect pieces again, and adds the text to the jobs."""
+    parts = _run(engine, setup, batch, setup.language)
+    for index, (task, part) in enumerate(zip(batch, parts, strict=True)):
+        task.job.waiting -= 1
+        languages = Counter(segment.language for segment in task.job.segments if segment.text)
+        mates = zip(batch[index + 1 :], parts[index + 1 :], strict=True)
+        languages.update(later.language for mate, later in mates if mate.job is task.job and later.text)
+        _collect(task.job, _guarded(engine, setup, task, part, majority_language(languages)))
+
+
+def _run(engine: Engine, setup: Setup, tasks: Sequence[Task], language: str | None) -> list[Part]:
     """Runs one batch, and shares its cost among the jobs by their seconds of audio."""
     before = replace(engine.stats)
-    results = engine.run([task.request for task in batch])
+    results = engine.run([task.request for task in tasks])
     after = engine.stats
     prefill = after.encode_seconds + after.prefill_seconds - before.encode_seconds - before.prefill_seconds
     generate = after.generate_seconds - before.generate_seconds
-    seconds = sum(task.end - task.start for task in batch)
-    for task, result in zip(batch, results, strict=True):
-        share = (task.end - task.start) / seconds
+    seconds = sum(task.seconds for task in tasks)
+    for task, result in zip(tasks, results, strict=True):
+        share = task.seconds / seconds
         task.job.spend(prefill=share * prefill, generate=share * generate)
-        task.job.waiting -= 1
-        _collect(setup, task, result)
+        task.job.timings = replace(task.job.timings, tokens=task.job.timings.tokens + len(result.tokens))
+    return [
+        read_result(setup.tokenizer, task.piece, result, language) for task, result in zip(tasks, results, strict=True)
+    ]
 
 
-def _collect(setup: Setup, task: Task, result: ClipResult) -> None:
-    """Parses one piece's tokens into the job's next segment. A piece without speech is kept, with empty text."""
-    job = task.job
-    parsed = parse_output(setup.tokenizer.decode(result.tokens), setup.language)
-    spoken = any(segment.text for segment in job.segments)
-    glue = separator(parsed.language) if spoken and parsed.text else ""
-    job.segments.append(
-        Segment(
-            id=len(job.segments),
-            start=task.start,
-            end=task.end,
-            text=glue + parsed.text,
-            language=parsed.language,
-            avg_logprob=sum(result.logprobs) / len(result.logprobs) if result.logprobs else None,
-            finish_reason=result.finish_reason,
+def _guarded(engine: Engine, setup: Setup, task: Task, part: Part, majority: str) -> Sequence[Part]:
+    """The text of one piece, after a second try where the first is suspect. A budget that was asked for is none."""
+    case = Case(task.piece, setup.options.context, setup.language, majority, setup.tokenizer)
+    faults = case.faults([part]) if setup.options.guards else budget_fault([part])
+    asked_for = budget_fault([part]) if setup.options.max_new_tokens else frozenset()
+    verdict = Verdict((part,), dict.fromkeys(sorted(faults)))
+    if setup.options.guards and faults - asked_for:
+        again, pieces = remedy(case, faults)
+        verdict = compare(case, [part], again, _again(engine, setup, task, again, pieces))
+    budget = task.request.max_new_tokens
+    task.job.notices += [warning(code, task.piece, helped, budget) for code, helped in verdict.faults.items()]
+    return verdict.parts
+
+
+def _again(engine: Engine, setup: Setup, task: Task, case: Case, pieces: Sequence[Piece]) -> list[Part]:
+    """The second try: these pieces, alone."""
+    prompt = build_prompt(setup.tokenizer, case.context, case.forced)
+    parts = _run(engine, setup, [_task(setup, task.job, piece, prompt) for piece in pieces], case.forced)
+    return [replace(part, end=min(part.end, task.piece.end)) for part in parts]
+
+
+def _collect(job: Job, parts: Sequence[Part]) -> None:
+    """Adds one piece to the job's segments. A piece without speech is kept, with empty text."""
+    for part in parts:
+        spoken = any(segment.text for segment in job.segments)
+        glue = separator(part.language) if spoken and part.text else ""
+        job.segments.append(
+            Segment(
+                id=len(job.segments),
+                start=part.start,
+                end=part.end,
+                text=glue + part.text,
+                language=part.language,
+                avg_logprob=part.avg_logprob,
+                finish_reason=part.finish_reason,
+            )
         )
-    )
-    job.timings = replace(job.timings, tokens=job.timings.tokens + len(result.tokens))
-    if result.finish_reason == "length":
-        job.notices.append(_budget_notice(task))
 
 
-def _budget_notice(task: Task) -> Notice:
-    message = (
-        f"decoding from {task.start:.1f} to {task.end:.1f} s stopped at its budget of "
-        f"{task.request.max_new_tokens} tokens: the text there may be cut short or repeat itself"
-    )
-    return Notice("token_budget", message, task.start, task.end)
+def _judge_whole(setup: Setup, job: Job) -> None:
+    if setup.options.guards:
+        job.notices += late_flips(job.segments, job.notices)
 
 
-def _finished(jobs: deque[Job]) -> Iterator[Transcript | AudioError]:
+def _finished(setup: Setup, jobs: deque[Job]) -> Iterator[Transcript | AudioError]:
     while jobs and jobs[0].done:
         job = jobs.popleft()
+        _judge_whole(setup, job)
         yield job.error or _transcript(job)
 
 
 def _transcript(job: Job) -> Transcript:
     spoken = [replace(segment, id=index) for index, segment in enumerate(s for s in job.segments if s.text)]
-    cut = any(segment.finish_reason == "length" for segment in job.segments)
+    reasons = {segment.finish_reason for segment in job.segments}
     return Transcript(
         text="".join(segment.text for segment in spoken),
         language=_commonest_language(spoken),
         duration=job.timings.audio,
         segments=tuple(spoken),
-        finish_reason="length" if cut else "stop",
+        finish_reason="length" if "length" in reasons else "loop" if "loop" in reasons else "stop",
         warnings=tuple(job.notices),
         timings=job.timings,
     )
