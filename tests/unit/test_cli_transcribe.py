@@ -124,7 +124,8 @@ def test_files_in_all_formats(
     assert captured.out == ""
     assert "secret" not in captured.err
     names = {path.name for path in out.iterdir()}
-    assert names == {f"{stem}.{fmt}" for stem in ("a", "day%201") for fmt in ("txt", "srt", "vtt", "tsv", "json")}
+    formats = ("txt", "srt", "vtt", "tsv", "json")
+    assert names == {".quasr.jsonl", *(f"{stem}.{fmt}" for stem in ("a", "day%201") for fmt in formats)}
     assert (out / "a.txt").read_text(encoding="utf-8") == "Grüße, first.\n"
 
 

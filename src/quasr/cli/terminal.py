@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from typing import TYPE_CHECKING
@@ -10,6 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 ERASE_LINE = "\r\x1b[2K"
+BAR_COLUMNS = 24
 
 
 def note(message: str) -> None:
@@ -24,17 +26,34 @@ def result(text: str) -> None:
 
 
 class ProgressLine:
-    """A line on standard error that is rewritten after every batch; silent where that is no terminal."""
+    """A line on standard error that is rewritten after every batch; silent where that is no terminal.
 
-    def __init__(self) -> None:
+    With `total`, the seconds of audio that there are, it shows a bar and the time that is left.
+    """
+
+    def __init__(self, total: float | None = None) -> None:
         self._started = time.perf_counter()
         self._shown = sys.stderr.isatty()
+        self._total = total
+        self._done = 0.0
+
+    @property
+    def shown(self) -> bool:
+        """Whether anybody sees it, so that a total is worth finding out."""
+        return self._shown
+
+    def expect(self, total: float | None) -> None:
+        """Sets the total, and starts the clock."""
+        self._total, self._started = total, time.perf_counter()
 
     def __call__(self, seconds: float) -> None:
-        """Shows that `seconds` of audio are done."""
+        """Shows that `seconds` of audio are done. Never goes back: silence that is not decoded counts late."""
+        self._done = max(self._done, seconds)
         if self._shown:
-            speed = seconds / max(time.perf_counter() - self._started, 1e-9)
-            sys.stderr.write(f"{ERASE_LINE}{seconds:.0f} s of audio done, {speed:.1f} times real time")
+            # One column is left free: a full line would wrap on some terminals, and then stay.
+            width = shutil.get_terminal_size().columns - 1
+            line = progress_text(self._done, self._total, time.perf_counter() - self._started)
+            sys.stderr.write(f"{ERASE_LINE}{line[:width]}")
             sys.stderr.flush()
 
     def clear(self) -> None:
@@ -42,6 +61,25 @@ class ProgressLine:
         if self._shown:
             sys.stderr.write(ERASE_LINE)
             sys.stderr.flush()
+
+
+def progress_text(done: float, total: float | None, elapsed: float) -> str:
+    """How far it is: seconds of audio `done` of `total`, after `elapsed` seconds."""
+    speed = done / max(elapsed, 1e-9)
+    if not total:
+        return f"{done:.0f} s of audio done, {speed:.1f} s a second"
+    part = min(done / total, 1.0)
+    full = round(part * BAR_COLUMNS)
+    left = duration(max(total - done, 0.0) / speed) if speed else "?"
+    bar = "#" * full + "-" * (BAR_COLUMNS - full)
+    return f"[{bar}] {part:4.0%}  {done:.0f} of {total:.0f} s of audio, {speed:.1f} s a second, {left} left"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as `m:ss`, or `h:mm:ss` from an hour on."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from importlib import import_module
+from pathlib import Path  # noqa: TC003  (Typer reads the annotations)
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from quasr.cli.inputs import check_names, gather
+from quasr.cli.jobs import JobLines, read_jobs
 from quasr.cli.options import (
     BatchSizeOption,
     ComputeTypeOption,
@@ -26,57 +27,52 @@ from quasr.cli.options import (
     RevisionOption,
     ThresholdOption,
 )
-from quasr.cli.terminal import ProgressLine, megabytes, note, result
+from quasr.cli.outputs import Files, Printed, Style
+from quasr.cli.work import Request, work
 from quasr.errors import OptionError
-from quasr.types import TranscribeOptions, Transcript
+from quasr.types import TranscribeOptions
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from quasr.errors import AudioError
-    from quasr.pipeline.transcriber import Transcriber
+    from quasr.cli.inputs import Input
+    from quasr.cli.outputs import Outputs
+    from quasr.output import LineRules
 
 ALL = "all"
+DEFAULT_FORMAT = "txt"
 DEFAULTS = TranscribeOptions()
 
 
-@dataclass(frozen=True, slots=True)
-class Destination:
-    """Where transcripts go: to standard output in one format, or into `folder` in all of `formats`."""
-
-    formats: tuple[str, ...]
-    folder: Path | None
-
-    def put(self, transcript: Transcript, stem: str) -> None:
-        """Prints or writes one transcript."""
-        from quasr.output import render, write_files
-
-        if self.folder is None:
-            result(render(transcript, self.formats[0]))
-            return
-        for path in write_files(transcript, self.folder, stem, self.formats):
-            note(f"wrote {path}")
-
-
-@dataclass(slots=True)
-class Tally:
-    """What has come out so far."""
-
-    started: float = field(default_factory=time.perf_counter)
-    seconds: float = 0.0
-    failed: list[str] = field(default_factory=list)
-
-
 def transcribe(
-    audio: Annotated[list[str], typer.Argument(metavar="AUDIO", help="Files or http(s) URLs.", show_default=False)],
+    audio: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="AUDIO", help="Files, folders (-r), patterns, http(s) URLs, or - for standard input."),
+    ] = None,
     model: ModelOption = "demo",
     language: LanguageOption = None,
     context: ContextOption = "",
     output_format: Annotated[
         str, typer.Option("--format", "-f", help="txt, json, srt, vtt, tsv, or all (with -o).")
-    ] = "txt",
+    ] = DEFAULT_FORMAT,
     output_dir: Annotated[
-        Path | None, typer.Option("--output-dir", "-o", help="Write files there instead of to standard output.")
+        Path | None,
+        typer.Option("--output-dir", "-o", help="Write files there, not to standard output. With --jobs: a file."),
+    ] = None,
+    recursive: Annotated[
+        bool, typer.Option("--recursive", "-r", help="Take the audio and video files in folders, as a tree.")
+    ] = False,
+    jobs: Annotated[
+        Path | None, typer.Option("--jobs", help="JSONL of path or url, and id, language, context; gives JSONL.")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="With -o: do again what is complete and unchanged.")
+    ] = False,
+    max_line_width: Annotated[
+        int | None, typer.Option("--max-line-width", min=1, help="Most columns of a line of subtitles.")
+    ] = None,
+    max_line_count: Annotated[
+        int | None, typer.Option("--max-line-count", min=1, help="Most lines of a subtitle.")
     ] = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
@@ -84,6 +80,7 @@ def transcribe(
     threshold: ThresholdOption = None,
     memory: MemoryOption = None,
     offload: OffloadOption = 0,
+    threads: Annotated[int | None, typer.Option("--threads", min=1, help="Of torch on the CPU.")] = None,
     hub: HubOption = "huggingface",
     revision: RevisionOption = None,
     offline: OfflineOption = False,
@@ -95,91 +92,91 @@ def transcribe(
     allow_private_urls: Annotated[
         bool, typer.Option("--allow-private-urls", help="Fetch URLs of private addresses too.")
     ] = False,
+    # Whisper's spellings, so that its command lines work.
+    whisper_dir: Annotated[Path | None, typer.Option("--output_dir", hidden=True)] = None,
+    whisper_format: Annotated[str | None, typer.Option("--output_format", "--output-format", hidden=True)] = None,
+    whisper_width: Annotated[int | None, typer.Option("--max_line_width", min=1, hidden=True)] = None,
+    whisper_count: Annotated[int | None, typer.Option("--max_line_count", min=1, hidden=True)] = None,
+    whisper_batch: Annotated[int | None, typer.Option("--batch_size", min=1, hidden=True)] = None,
+    whisper_type: Annotated[str | None, typer.Option("--compute_type", hidden=True)] = None,
+    hotwords: Annotated[str, typer.Option("--hotwords", hidden=True)] = "",
+    word_timestamps: Annotated[str, typer.Option("--word_timestamps", "--word-timestamps", hidden=True)] = "False",
+    highlight_words: Annotated[str, typer.Option("--highlight_words", "--highlight-words", hidden=True)] = "False",
+    max_words_per_line: Annotated[
+        int | None, typer.Option("--max_words_per_line", "--max-words-per-line", min=1, hidden=True)
+    ] = None,
 ) -> int:
     """Write down what is said in audio or video files."""
-    destination = _destination(output_format, output_dir)
-    stems = _stems(audio, destination)
+    from quasr.output import LineRules
+
+    _refuse_word_times(word_timestamps, highlight_words, max_words_per_line)
+    rules = LineRules(whisper_width or max_line_width, whisper_count or max_line_count)
+    style = _style(whisper_format or output_format, rules)
+    target, batch = whisper_dir or output_dir, whisper_batch or batch_size
     choice = ModelChoice(
-        model, device, dtype, hub, revision, offline, compute_type, threshold, memory, batch_size, offload
+        model, device, dtype, hub, revision, offline, whisper_type or compute_type, threshold, memory, batch, offload
     )
-    with choice.load() as transcriber:
-        options = replace(
-            transcriber.defaults, language=language, context=context, max_new_tokens=max_new_tokens, chunk=chunk
-        )
-        tally = _run(transcriber, audio, stems, options, destination, allow_private_urls)
-        _report(tally, len(audio), transcriber.info.device)
-    return 1 if tally.failed else 0
+    options = {
+        "language": language,
+        "context": "\n".join(filter(None, (context, hotwords))),
+        "max_new_tokens": max_new_tokens,
+        "chunk": chunk,
+    }
+    request = Request(choice, options, allow_private_urls, overwrite)
+    _use_threads(threads)
+    if jobs is not None:
+        return work(read_jobs(jobs), _job_lines(audio, style, target), request)
+    return work(*_inputs_and_outputs(audio, recursive, style, target), request)
 
 
-def _destination(output_format: str, folder: Path | None) -> Destination:
+def _refuse_word_times(word_timestamps: str, highlight_words: str, max_words_per_line: int | None) -> None:
+    switches = (("word_timestamps", word_timestamps), ("highlight_words", highlight_words))
+    for name, value in switches:
+        if value.lower() not in ("true", "false"):
+            raise OptionError(f"--{name} is {value[:40]!r}: it takes True or False")
+    asked = [name for name, value in switches if value.lower() == "true"]
+    if max_words_per_line is not None:
+        asked.append("max_words_per_line")
+    if asked:
+        raise OptionError(f"--{asked[0]} needs the times of words, which this version has not: leave it out")
+
+
+def _style(output_format: str, rules: LineRules) -> Style:
     from quasr.output import FORMATS
 
-    if output_format == ALL and folder is None:
-        raise OptionError("-f all writes several files: say where with -o DIR")
     if output_format not in (*FORMATS, ALL):
         raise OptionError(f"unknown format {output_format!r}: use {', '.join(FORMATS)} or {ALL}")
-    return Destination(FORMATS if output_format == ALL else (output_format,), folder)
+    return Style(FORMATS if output_format == ALL else (output_format,), rules)
 
 
-def _stems(audio: Sequence[str], destination: Destination) -> list[str]:
-    """Names of the output files. Two inputs must not write to the same one."""
-    from quasr.audio.source import url_name
+def _use_threads(count: int | None) -> None:
+    if count is None:
+        return
+    from quasr.engine.device import choose
 
-    stems = [Path(url_name(source) if "://" in source else source).stem or "transcript" for source in audio]
-    twice = next((stem for stem in stems if stems.count(stem) > 1), None)
-    if destination.folder is not None and twice is not None:
-        raise OptionError(f"several inputs would write {destination.folder / twice}.*: give them one at a time")
-    return stems
+    choose("cpu")  # raises where there is no torch
+    import_module("torch").set_num_threads(count)
 
 
-def _run(
-    transcriber: Transcriber,
-    audio: Sequence[str],
-    stems: Sequence[str],
-    options: TranscribeOptions,
-    destination: Destination,
-    allow_private: bool,
-) -> Tally:
-    from quasr.audio.fetch import FetchLimits
-
-    tally, progress = Tally(), ProgressLine()
-    limits = FetchLimits(allow_private=allow_private)
-    results = transcriber.transcribe_batch(audio, options, limits=limits, progress=progress)
-    for source, stem, outcome in zip(audio, stems, results, strict=True):
-        progress.clear()
-        if isinstance(outcome, Transcript):
-            _deliver(outcome, source, stem, destination, many=len(audio) > 1)
-            tally.seconds += outcome.duration
-        else:
-            _excuse(outcome, source, tally)
-    return tally
+def _job_lines(audio: Sequence[str] | None, style: Style, path: Path | None) -> JobLines:
+    if audio:
+        raise OptionError("--jobs has its inputs in its file: give either that or AUDIO")
+    if style.formats != (DEFAULT_FORMAT,):
+        raise OptionError("--jobs gives JSONL: leave --format out")
+    if path is not None and path.is_dir():
+        raise OptionError(f"{path} is a folder: with --jobs, -o is the JSONL file to write")
+    return JobLines(path)
 
 
-def _deliver(transcript: Transcript, source: str, stem: str, destination: Destination, *, many: bool) -> None:
-    if many and destination.folder is None:
-        note(f"{source}:")
-    for warning in transcript.warnings:
-        note(f"warning: {source}: {warning.message}")
-    if not transcript.text:
-        note(f"{source}: no speech was found")
-    destination.put(transcript, stem)
-
-
-def _excuse(error: AudioError, source: str, tally: Tally) -> None:
-    note(f"error: {' '.join(str(error).split())}")
-    tally.failed.append(source)
-
-
-def _report(tally: Tally, inputs: int, device: str) -> None:
-    from quasr.engine.device import peak_memory
-
-    wall = time.perf_counter() - tally.started
-    factor = f"{wall / tally.seconds:.3f}" if tally.seconds else "-"
-    host, gpu = peak_memory(device)
-    memory = [f"{megabytes(size)}{where}" for size, where in ((host, ""), (gpu, " on the GPU")) if size is not None]
-    note(
-        f"audio {tally.seconds:.1f} s, wall {wall:.1f} s, real-time factor {factor}"
-        + (f", peak memory {', '.join(memory)}" if memory else "")
-    )
-    if tally.failed and inputs > 1:
-        note(f"{len(tally.failed)} of {inputs} inputs failed: {', '.join(tally.failed)}")
+def _inputs_and_outputs(
+    audio: Sequence[str] | None, recursive: bool, style: Style, folder: Path | None
+) -> tuple[list[Input], Outputs]:
+    if not audio:
+        raise OptionError("nothing to transcribe: give files, folders, URLs, - or --jobs FILE; see 'quasr --help'")
+    if folder is None and len(style.formats) > 1:
+        raise OptionError(f"-f {ALL} writes several files: say where with -o DIR")
+    inputs = gather(audio, recursive=recursive)
+    if folder is None:
+        return inputs, Printed(style)
+    check_names(inputs, folder)
+    return inputs, Files(folder, style)

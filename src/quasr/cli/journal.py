@@ -1,0 +1,128 @@
+"""What is done already: a record in the output folder, by which a job that was stopped goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import IO, TYPE_CHECKING, Any
+
+from quasr.errors import OptionError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from quasr.cli.inputs import Input
+
+JOURNAL_FILE = ".quasr.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class Fingerprint:
+    """What a transcript depends on beside its audio: `model` by `model_identity`, and the options by name.
+
+    Batch size, device and threads are not among them: they change how fast a text comes, not what it says.
+    """
+
+    model: str
+    options: Mapping[str, Any]
+
+    def of(self, item: Input) -> str | None:
+        """SHA-256 of all that the transcript of `item` depends on; None where its audio cannot be read ahead.
+
+        A file counts by its content. A URL counts by its text, so that what is done is not fetched again.
+        """
+        audio = _audio_hash(item)
+        if audio is None:
+            return None
+        parts = [audio, self.model, dict(self.options), item.language, item.context]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def model_identity(folder: Path) -> str:
+    """Of a fetched checkpoint its hub, id and commit; of another folder names, sizes and times of its files."""
+    from quasr.weights.record import read_record, wanted
+
+    record = read_record(folder)
+    if record is not None:
+        return f"{record.hub} {record.id} {record.commit}"
+    files = sorted(path for path in folder.iterdir() if wanted(path.name))
+    return json.dumps([(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files])
+
+
+class Journal:
+    """The outputs of a folder that are complete, each a line that is added once its files are there.
+
+    A line that a crash cut off is passed over: its output is made again.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._path = folder / JOURNAL_FILE
+        self._records = _read(self._path)
+        self._file: IO[str] | None = None
+
+    def key(self, name: str) -> str | None:
+        """The fingerprint that the output `name` was made with; None if it is not there in full."""
+        record = self._records.get(name)
+        if record is None or not all((self._folder / file).is_file() for file in record["files"]):
+            return None
+        return str(record["key"])
+
+    def add(self, name: str, key: str, files: Sequence[Path]) -> None:
+        """Records an output whose files are written. Raises OptionError where the journal cannot be."""
+        names = [path.relative_to(self._folder).as_posix() for path in files]
+        record = {"output": name, "key": key, "files": names}
+        try:
+            if self._file is None:
+                self._file = _open(self._path)
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise OptionError(f"{self._path} cannot be written ({error.strerror}): choose another folder") from error
+        self._records[name] = record
+
+    def close(self) -> None:
+        """Closes the file."""
+        if self._file is not None:
+            self._file.close()
+
+
+def _audio_hash(item: Input) -> str | None:
+    if item.is_url:
+        return f"url {item.source}"
+    if item.path is None:
+        return None
+    try:
+        with item.path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except (OSError, ValueError):
+        return None  # what is wrong with it is said when its turn comes
+
+
+def _open(path: Path) -> IO[str]:
+    file = path.open("a", encoding="utf-8", newline="\n")
+    if path.stat().st_size and not path.read_bytes().endswith(b"\n"):
+        file.write("\n")
+    return file
+
+
+def _read(path: Path) -> dict[str, dict[str, Any]]:
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise OptionError(f"{path} cannot be read ({error.strerror}): choose another folder") from error
+    records = (record for line in lines if (record := _record(line)) is not None)
+    return {record["output"]: record for record in records}
+
+
+def _record(line: str) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    whole = isinstance(record, dict) and {"output", "key", "files"} <= record.keys()
+    return record if whole else None

@@ -1,0 +1,129 @@
+"""Jobs that are killed, interrupted or run again, on a tiny random checkpoint."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+from made_sound import write_wav
+
+import quasr
+from quasr.cli import main
+from quasr.cli.journal import JOURNAL_FILE
+
+if TYPE_CHECKING:
+    from multiprocessing.process import BaseProcess
+    from pathlib import Path
+
+# A fork of a process that has torch already starts in no time, and is killed like any other.
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(["torch", "quasr.cli.main", "quasr.pipeline.transcriber", "quasr.engine.torch_engine"])
+
+
+def program(arguments: list[str], log: Path) -> None:
+    """`quasr` in a process of its own, with both outputs in files."""
+    import torch
+
+    torch.set_num_threads(1)
+    for number, path in ((1, log.with_suffix(".out")), (2, log)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    sys.stdout = os.fdopen(1, "w", encoding="utf-8")
+    sys.stderr = os.fdopen(2, "w", encoding="utf-8")
+    sys.argv = ["quasr", "transcribe", "--device", "cpu", "--max-new-tokens", "4", "--batch-size", "1", *arguments]
+    code = main._exit_code()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def start(arguments: list[str], log: Path) -> BaseProcess:
+    process = context.Process(target=program, args=(arguments, log))
+    process.start()
+    return process
+
+
+def finish(process: BaseProcess) -> int:
+    process.join(60)
+    assert process.exitcode is not None
+    return process.exitcode
+
+
+def make_tree(folder: Path, count: int) -> list[str]:
+    """Names of `count` short clips in a tree of three folders."""
+    names = [f"{index % 3}/{index:03}" for index in range(count)]
+    for index, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write_wav(folder / f"{name}.wav", 0.1 + 0.001 * index, seed=index)
+    return names
+
+
+def recorded(out: Path) -> list[str]:
+    """Outputs in the journal, in order, without a line that was cut off."""
+    journal = out / JOURNAL_FILE
+    if not journal.exists():
+        return []
+    return [json.loads(line)["output"] for line in journal.read_text().split("\n")[:-1] if line.endswith("}")]
+
+
+def stamps(out: Path) -> dict[str, tuple[int, int]]:
+    """Time and inode of every complete output: both change when it is written again."""
+    found = {name: (out / f"{name}.txt").stat() for name in recorded(out)}
+    return {name: (stat.st_mtime_ns, stat.st_ino) for name, stat in found.items()}
+
+
+def kill_later(process: BaseProcess, out: Path, seconds: float) -> None:
+    """SIGKILL some time after the next output is complete."""
+    before = len(recorded(out))
+    while process.is_alive() and len(recorded(out)) <= before:
+        time.sleep(0.002)
+    time.sleep(seconds)
+    process.kill()
+    process.join()
+
+
+def survive(model: Path, folder: Path, count: int, kills: int) -> None:
+    names = make_tree(folder / "in", count)
+    out, arguments = folder / "out", ["-r", str(folder / "in"), "-o", str(folder / "out"), "--model", str(model)]
+    chance, complete, killed = random.Random(7), {}, 0
+    for _ in range(kills):
+        process = start(arguments, folder / "log")
+        kill_later(process, out, chance.uniform(0, 0.02))
+        killed += process.exitcode == -signal.SIGKILL
+        now = stamps(out)
+        assert {name: now[name] for name in complete} == complete, "a complete output was made again"
+        complete = now
+    assert killed == kills, "the job ended before it could be killed: it needs more files"
+    assert 0 < len(complete) < count
+    assert finish(start(arguments, folder / "last")) == 0
+    now = stamps(out)
+    assert {name: now[name] for name in complete} == complete, "a complete output was made again"
+    assert sorted(recorded(out)) == sorted(names)
+    assert f"{len(complete)} of {count} inputs skipped" in (folder / "last").read_text()
+    check_texts(model, folder, names)
+
+
+def check_texts(model: Path, folder: Path, names: list[str]) -> None:
+    """Against the library, one clip at a time."""
+    with quasr.load(model, device="cpu") as transcriber:
+        expected = {
+            name: transcriber.transcribe(folder / "in" / f"{name}.wav", max_new_tokens=4).text for name in names
+        }
+    found = {name: (folder / "out" / f"{name}.txt").read_text(encoding="utf-8").strip() for name in names}
+    assert found == {name: text.strip() for name, text in expected.items()}
+    assert len(set(found.values())) > 1
+
+
+def test_a_job_that_is_killed_goes_on(hf: Path, tmp_path: Path) -> None:
+    survive(hf, tmp_path, count=24, kills=2)
+
+
+@pytest.mark.slow
+def test_a_job_of_200_files_survives_ten_kills(hf: Path, tmp_path: Path) -> None:
+    survive(hf, tmp_path, count=200, kills=10)
