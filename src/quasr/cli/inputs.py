@@ -6,6 +6,7 @@ import glob
 import os
 import re
 import sys
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -134,7 +135,7 @@ def _folder(folder: str, recursive: bool) -> list[Input]:
         note(f"{folder}: {len(paths) - len(media)} other files are left out, {len(media)} are audio or video")
     if not media:
         return [_refused(folder, "has no audio or video files: give another folder")]
-    return [_below(path, folder) for path in sorted(media)]
+    return _named_apart([_below(path, folder) for path in sorted(media)])
 
 
 def _walk(folder: str) -> Iterator[tuple[str, list[str]]]:
@@ -151,6 +152,14 @@ def _say_unread(error: OSError) -> None:
 def _below(path: Path, folder: str) -> Input:
     item = single(str(path))
     return replace(item, name=(path.relative_to(folder).parent / item.name).as_posix())
+
+
+def _named_apart(items: list[Input]) -> list[Input]:
+    """A film and its sound track may lie side by side: they keep their endings in their names."""
+    counts = Counter(item.name for item in items)
+    return [
+        replace(item, name=item.name + Path(item.source).suffix) if counts[item.name] > 1 else item for item in items
+    ]
 
 
 def _refused(folder: str, reason: str) -> Input:

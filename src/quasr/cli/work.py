@@ -106,7 +106,8 @@ class _Run:
                     self._take(self._outcomes(transcriber, items))
             except KeyboardInterrupt:
                 self._progress.clear()
-                note(f"interrupted: {self._tally.done} of {self._tally.inputs} inputs are done")
+                again = "; run the same command again to go on" if self._fingerprint else ""
+                note(f"interrupted: {self._tally.done} of {self._tally.inputs} inputs are done{again}")
                 _report(self._tally, transcriber.info.device)
                 raise
             _report(self._tally, transcriber.info.device)

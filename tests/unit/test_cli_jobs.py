@@ -1,0 +1,184 @@
+"""The manifest of jobs, the lines that come out, and the journal of what is complete."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import pytest
+
+from quasr.cli.inputs import single
+from quasr.cli.jobs import JobLines, read_jobs
+from quasr.cli.journal import JOURNAL_FILE, Fingerprint, Journal, model_identity
+from quasr.errors import OptionError
+from quasr.types import Segment, Transcript
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+SAID = Transcript("Grüße", "German", 2.0, (Segment(0, 0.0, 2.0, "Grüße", "German"),))
+
+
+def manifest(folder: Path, *rows: object) -> Path:
+    path = folder / "jobs.jsonl"
+    path.write_text("".join(f"{row if isinstance(row, str) else json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def lines(path: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_rows_become_inputs(tmp_path: Path) -> None:
+    url = "https://host/a.mp3?key=1"
+    path = manifest(
+        tmp_path,
+        {"path": "x/a.wav", "language": "de", "context": "Ohm"},
+        "",
+        {"url": url, "id": 7, "language": None},
+    )
+    first, second = read_jobs(path)
+    assert first.path == tmp_path / "x/a.wav"
+    assert (first.name, first.label, first.language, first.context) == ("x/a.wav", "x/a.wav", "de", "Ohm")
+    assert (second.source, second.label, second.name) == (url, "https://host/a.mp3", "7")
+    assert (second.language, second.context, second.path) == (None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("{", "line 2: not valid JSON"),
+        ([1], 'line 2: expected an object with a "path" or a "url"'),
+        ({"path": "a", "url": "http://b"}, "line 2: expected an object"),
+        ({"path": 3}, "line 2: path is 3, not text"),
+        ({"path": "b", "lang": "de"}, "line 2: unknown field 'lang'"),
+        ({"url": "b.wav"}, "line 2: url is 'b.wav'"),
+        ({"path": "a.wav"}, "line 2: id 'a.wav' is there twice"),
+    ],
+)
+def test_bad_rows_are_told_by_their_line(tmp_path: Path, row: object, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        read_jobs(manifest(tmp_path, {"path": "a.wav"}, row))
+
+
+def test_manifests_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="cannot be read"):
+        read_jobs(tmp_path / "none.jsonl")
+    with pytest.raises(OptionError, match="is empty"):
+        read_jobs(manifest(tmp_path, ""))
+    (tmp_path / "latin.jsonl").write_bytes('{"path": "é"}'.encode("latin-1"))
+    with pytest.raises(OptionError, match="not UTF-8"):
+        read_jobs(tmp_path / "latin.jsonl")
+
+
+def test_results_go_to_the_file_at_once_and_are_found_again(tmp_path: Path) -> None:
+    path, a, b = tmp_path / "new" / "out.jsonl", single("a.wav"), single("https://host/b.wav?key=1")
+    out = JobLines(path)
+    assert out.key("a") is None
+    out.start([a, b])
+    out.put(a, SAID, "k1")
+    assert lines(path) == [{"id": "a", "path": "a.wav", "key": "k1", **json.loads(json.dumps(SAID.to_dict()))}]
+    out.fail(b, "gone")
+    out.close()
+    assert lines(path)[1] == {"id": "b", "url": "https://host/b.wav?key=1", "error": "gone"}
+    again = JobLines(path)
+    assert (again.key("a"), again.key("b")) == ("k1", None)
+
+
+def test_lines_that_are_made_again_leave_first_and_others_stay(tmp_path: Path) -> None:
+    path, a, b = tmp_path / "out.jsonl", single("a.wav"), single("b.wav")
+    path.write_text('{"id": "a", "key": "k"}\n{"id": "b", "error": "x"}\n{"id": "c", "key": "k"}\n{"id": "d", "ke')
+    out = JobLines(path)
+    out.start([b])
+    assert [line["id"] for line in lines(path)] == ["a", "c"]
+    out.put(b, SAID, "k")
+    out.close()
+    assert [line["id"] for line in lines(path)] == ["a", "c", "b"]
+    assert JobLines(path).key(a.name) == "k"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out.jsonl"]
+
+
+def test_a_file_of_something_else_is_not_overwritten(tmp_path: Path) -> None:
+    path = manifest(tmp_path, {"path": "a.wav"})
+    with pytest.raises(OptionError, match="no results of jobs"):
+        JobLines(path)
+    assert lines(path) == [{"path": "a.wav"}]
+
+
+def test_text_that_utf8_cannot_say_stays_json(tmp_path: Path) -> None:
+    path, item = tmp_path / "out.jsonl", replace(single("a.wav"), label="\udce9.wav")
+    out = JobLines(path)
+    out.start([item])
+    out.fail(item, "no such file")
+    out.close()
+    assert lines(path)[0]["path"] == "\udce9.wav"
+
+
+def test_the_journal_counts_what_has_all_its_files(tmp_path: Path) -> None:
+    files = [tmp_path / "sub/a.txt", tmp_path / "sub/a.srt"]
+    (tmp_path / "sub").mkdir()
+    for file in files:
+        file.touch()
+    journal = Journal(tmp_path)
+    journal.add("sub/a", "k1", files)
+    assert journal.key("sub/a") == Journal(tmp_path).key("sub/a") == "k1"
+    journal.add("sub/a", "k2", files)
+    journal.close()
+    assert Journal(tmp_path).key("sub/a") == "k2"
+    files[1].unlink()
+    assert Journal(tmp_path).key("sub/a") is None
+    assert Journal(tmp_path).key("b") is None
+
+
+def test_a_journal_that_was_cut_off_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").touch()
+    first = Journal(tmp_path)
+    first.add("a", "k1", [tmp_path / "a.txt"])
+    first.close()
+    path = tmp_path / JOURNAL_FILE
+    whole = path.read_bytes()
+    for end in range(len(whole)):
+        path.write_bytes(whole[:end])
+        journal = Journal(tmp_path)
+        assert journal.key("a") == ("k1" if end == len(whole) - 1 else None)
+        journal.add("b", "k2", [tmp_path / "a.txt"])
+        journal.close()
+        assert Journal(tmp_path).key("b") == "k2"
+
+
+def test_the_fingerprint_follows_audio_model_and_options(tmp_path: Path) -> None:
+    audio = tmp_path / "a.wav"
+    audio.write_bytes(b"one")
+    item, plain = single(str(audio)), Fingerprint("m", {"language": None})
+    key = plain.of(item)
+    assert key == Fingerprint("m", {"language": None}).of(item)
+    copy = tmp_path / "b.wav"
+    copy.write_bytes(b"one")
+    assert plain.of(single(str(copy))) == key
+    others = [
+        Fingerprint("n", {"language": None}).of(item),
+        Fingerprint("m", {"language": "de"}).of(item),
+        plain.of(replace(item, language="de")),
+        plain.of(replace(item, context="Ohm")),
+        plain.of(single("https://host/a.wav")),
+    ]
+    audio.write_bytes(b"two")
+    others.append(plain.of(item))
+    assert len({key, *others}) == 7
+    assert plain.of(single(str(tmp_path / "none.wav"))) is None
+    assert plain.of(single("-")) is None
+
+
+def test_the_models_identity_changes_with_its_files(tmp_path: Path) -> None:
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(b"1234")
+    (tmp_path / "README.md").touch()
+    before = model_identity(tmp_path)
+    (tmp_path / "README.md").write_text("more")
+    assert model_identity(tmp_path) == before
+    os.utime(weights, (1, 1))
+    touched = model_identity(tmp_path)
+    weights.write_bytes(b"12345")
+    assert len({before, touched, model_identity(tmp_path)}) == 3
