@@ -127,3 +127,44 @@ def test_a_job_that_is_killed_goes_on(hf: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_job_of_200_files_survives_ten_kills(hf: Path, tmp_path: Path) -> None:
     survive(hf, tmp_path, count=200, kills=10)
+
+
+def test_ctrl_c_ends_cleanly_and_the_rest_follows(hf: Path, tmp_path: Path) -> None:
+    names = make_tree(tmp_path / "in", 60)
+    out, arguments = tmp_path / "out", ["-r", str(tmp_path / "in"), "-o", str(tmp_path / "out"), "--model", str(hf)]
+    process = start(arguments, tmp_path / "log")
+    while process.is_alive() and not recorded(out):
+        time.sleep(0.002)
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGINT)
+    assert finish(process) == main.INTERRUPTED
+    log, done = (tmp_path / "log").read_text(), recorded(out)
+    assert "Traceback" not in log
+    assert f"interrupted: {len(done)} of 60 inputs are done" in log
+    assert 0 < len(done) < 60
+    assert finish(start(arguments, tmp_path / "last")) == 0
+    assert sorted(recorded(out)) == sorted(names)
+
+
+def test_a_job_file_that_is_killed_goes_on(hf: Path, tmp_path: Path) -> None:
+    names = make_tree(tmp_path / "in", 40)
+    manifest, out = tmp_path / "in" / "jobs.jsonl", tmp_path / "out.jsonl"
+    rows = [{"path": f"{name}.wav", "id": name} for name in names] + [{"path": "missing.wav"}]
+    manifest.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    arguments = ["--jobs", str(manifest), "-o", str(out), "--model", str(hf)]
+    process = start(arguments, tmp_path / "log")
+    while process.is_alive() and not (out.exists() and out.read_bytes().count(b"\n")):
+        time.sleep(0.002)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    before = out.read_text().split("\n")[:-1]
+    assert finish(start(arguments, tmp_path / "last")) == 1
+    lines = out.read_text().splitlines()
+    assert lines[: len(before)] == before, "a job that was done was done again"
+    found = {line["id"]: line for line in map(json.loads, lines)}
+    assert len(lines) == len(found) == 41
+    assert "does not exist" in found.pop("missing.wav")["error"]
+    assert sorted(found) == sorted(names)
+    assert all(line["text"] for line in found.values())
+    assert f"{len(before)} of 41 inputs skipped" in (tmp_path / "last").read_text()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from typing import TYPE_CHECKING, Self
@@ -10,13 +11,15 @@ import pytest
 
 from quasr.cli import main
 from quasr.cli.options import ModelChoice
+from quasr.cli.terminal import ProgressLine, duration, progress_text
 from quasr.engine.base import EngineInfo
-from quasr.errors import AudioDecodeError, AudioError
+from quasr.errors import AudioDecodeError, AudioError, UnknownLanguageError
 from quasr.types import Notice, Segment, TranscribeOptions, Transcript
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
+    from typing import BinaryIO
 
     from quasr.audio.fetch import FetchLimits
 
@@ -40,16 +43,34 @@ ANSWERS: dict[str, Transcript | AudioError] = {
 class FakeTranscriber:
     info = EngineInfo("fake", "cpu", "fp32", 1)
     seen: list[tuple[TranscribeOptions, FetchLimits]]
+    read: list[str]
     defaults: TranscribeOptions
 
     def __init__(self) -> None:
         self.seen = []
+        self.read = []
 
     def transcribe_batch(
-        self, audios: list[str], options: TranscribeOptions, *, limits: FetchLimits, progress: object
+        self,
+        audios: Iterator[str | BinaryIO],
+        options: TranscribeOptions,
+        *,
+        limits: FetchLimits,
+        progress: Callable[[float], None],
     ) -> Iterator[Transcript | AudioError]:
+        if options.language == "xx":
+            raise UnknownLanguageError("xx is no language")
         self.seen.append((options, limits))
-        return (ANSWERS[source] for source in audios)
+        return (self.answer(source, progress) for source in audios)
+
+    def answer(self, source: str | BinaryIO, progress: Callable[[float], None]) -> Transcript | AudioError:
+        if not isinstance(source, str):
+            return said(f"read {len(source.read())} bytes")
+        if source == "stop.wav":
+            raise KeyboardInterrupt
+        progress(2.0)
+        self.read.append(source)
+        return ANSWERS[source]
 
     def __enter__(self) -> Self:
         return self
@@ -135,6 +156,17 @@ def test_files_in_all_formats(
         (("a.wav", "-f", "all"), "-f all writes several files"),
         (("a.wav", "-f", "docx"), "unknown format 'docx'"),
         (("a.wav", "other/a.flac", "-o", "out"), "several inputs would write"),
+        (("a.wav", "--word_timestamps", "True"), "--word_timestamps needs the times of words"),
+        (("a.wav", "--highlight_words", "true"), "--highlight_words needs the times of words"),
+        (("a.wav", "--max_words_per_line", "4"), "--max_words_per_line needs the times of words"),
+        (("a.wav", "--word-timestamps", "a.wav"), "--word_timestamps is 'a.wav': it takes True or False"),
+        (("a.wav", "--max_line_count", "2"), "max_line_count has no effect alone"),
+        ((), "nothing to transcribe"),
+        (("a.wav", "--jobs", "jobs.jsonl"), "--jobs has its inputs in its file"),
+        (("--jobs", "jobs.jsonl", "-f", "srt"), "--jobs gives JSONL"),
+        (("--jobs", "jobs.jsonl", "-o", "."), ". is a folder: with --jobs"),
+        (("--jobs", "no-such.jsonl"), "no-such.jsonl cannot be read"),
+        (("a.wav", "--language", "xx"), "xx is no language"),
     ],
 )
 def test_options_that_make_no_sense(
@@ -149,3 +181,175 @@ def test_options_that_make_no_sense(
     assert captured.out == ""
     assert captured.err.startswith(f"error: {message}")
     assert fake.seen == []
+
+
+def test_whispers_flags_mean_what_they_mean_there(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fake: FakeTranscriber, tmp_path: Path
+) -> None:
+    flags = "--output_format srt --max_line_width 7 --max_line_count 1 --word_timestamps False --highlight_words False"
+    more = "--batch_size 3 --compute_type fp32 --hotwords Ohm --context Watt"
+    assert run(monkeypatch, "a.wav", "--output_dir", str(tmp_path), *flags.split(), *more.split()) == 0
+    assert [path.name for path in tmp_path.glob("*.*") if path.name[0] != "."] == ["a.srt"]
+    cues = (tmp_path / "a.srt").read_text(encoding="utf-8").split("\n\n")
+    assert [cue.splitlines()[2:] for cue in cues] == [["Grüße,"], ["first."]]
+    assert fake.seen[0][0] == TranscribeOptions(context="Watt\nOhm", batch_size=3)
+    capsys.readouterr()
+    assert run(monkeypatch, "--help") == 0
+    shown = capsys.readouterr().out
+    assert "--max-line-width" in shown
+    assert "_" not in shown
+    assert "hotwords" not in shown
+
+
+def test_standard_input_is_read(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(bytes(5))))
+    assert run(monkeypatch, "-", "-o", str(tmp_path)) == 0
+    assert (tmp_path / "stdin.txt").read_text() == "read 5 bytes\n"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(bytes(3))))
+    assert run(monkeypatch, "-") == 0
+    assert capsys.readouterr().out == "read 3 bytes\n"
+
+
+def test_a_folder_alone_is_told_without_loading_a_model(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fake: FakeTranscriber, tmp_path: Path
+) -> None:
+    assert run(monkeypatch, str(tmp_path)) == 1
+    assert capsys.readouterr().err == (
+        f"error: {tmp_path} is a folder: add -r to take the audio and video files in it\n"
+    )
+    assert fake.seen == []
+
+
+@pytest.fixture
+def recordings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.wav", "dir/b.mp3", "silent.wav"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    return tmp_path
+
+
+@pytest.mark.usefixtures("recordings")
+def test_only_what_changed_is_done_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fake: FakeTranscriber, recordings: Path
+) -> None:
+    def done_by(*arguments: str) -> list[str]:
+        fake.read.clear()
+        assert run(monkeypatch, "a.wav", "dir/b.mp3", "silent.wav", "-o", "out", *arguments) == 0
+        return list(fake.read)
+
+    everything = ["a.wav", "dir/b.mp3", "silent.wav"]
+    assert done_by() == everything
+    loads = len(fake.seen)
+    assert done_by("--batch-size", "2") == []
+    assert len(fake.seen) == loads
+    assert "3 of 3 inputs skipped: complete and unchanged" in capsys.readouterr().err
+    (recordings / "a.wav").write_text("new")
+    assert done_by() == ["a.wav"]
+    (recordings / "out" / "b.txt").unlink()
+    assert done_by() == ["dir/b.mp3"]
+    assert done_by("--overwrite") == everything
+    assert done_by("--language", "de") == everything
+    assert done_by("--language", "de", "-f", "srt") == everything
+    monkeypatch.setattr("quasr.cli.work.model_identity", lambda folder: f"another than in {folder}")
+    assert done_by("--language", "de", "-f", "srt") == everything
+    assert done_by("--language", "de", "-f", "srt") == []
+
+
+def test_ctrl_c_keeps_what_is_done_and_sums_up(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], recordings: Path
+) -> None:
+    assert run(monkeypatch, "a.wav", "stop.wav", "dir/b.mp3", "-o", "out") == main.INTERRUPTED
+    captured = capsys.readouterr()
+    assert "interrupted: 1 of 3 inputs are done; run the same command again" in captured.err
+    assert "audio 2.0 s, wall " in captured.err
+    assert (recordings / "out" / "a.txt").read_text(encoding="utf-8") == "Grüße, first.\n"
+
+
+def jobs(folder: Path, *rows: dict[str, str]) -> str:
+    path = folder / "jobs.jsonl"
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def test_jobs_give_a_line_each(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fake: FakeTranscriber, recordings: Path
+) -> None:
+    for name in ("a.wav", "dir/b.mp3", "bad.wav"):
+        monkeypatch.setitem(ANSWERS, str(recordings / name), ANSWERS[name])
+    path = jobs(
+        recordings,
+        {"path": "a.wav", "language": "de"},
+        {"path": "bad.wav", "id": "broken"},
+        {"path": "dir/b.mp3", "context": "Ohm"},
+        {"path": "silent.wav", "language": "xx"},
+        {"url": "https://host/talks/day%201.mp3?secret=1"},
+    )
+    assert run(monkeypatch, "--jobs", path, "--context", "names") == 1
+    captured = capsys.readouterr()
+    found = {line["id"]: line for line in map(json.loads, captured.out.splitlines())}
+    assert found["a.wav"]["text"] == "Grüße, first."
+    assert found["broken"] == {"id": "broken", "path": "bad.wav", "error": "bad.wav is not audio"}
+    assert found["dir/b.mp3"]["segments"][0]["text"] == "Second."
+    assert found["silent.wav"]["error"] == "xx is no language"
+    assert found["https://host/talks/day%201.mp3?secret=1"]["text"] == "From afar."
+    assert len(captured.out.splitlines()) == len(found) == 5
+    asked = [(options.language, options.context) for options, _ in fake.seen]
+    assert asked == [("de", "names"), (None, "names"), (None, "Ohm")]
+    assert "secret" not in captured.err
+
+
+def test_jobs_in_a_file_go_on_by_their_ids(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fake: FakeTranscriber, recordings: Path
+) -> None:
+    for name in ("a.wav", "dir/b.mp3", "bad.wav"):
+        monkeypatch.setitem(ANSWERS, str(recordings / name), ANSWERS[name])
+    out = recordings / "out.jsonl"
+    path = jobs(recordings, {"path": "a.wav", "id": "1"}, {"path": "bad.wav", "id": "2"})
+    assert run(monkeypatch, "--jobs", path, "-o", str(out)) == 1
+    path = jobs(recordings, {"path": "a.wav", "id": "1"}, {"path": "dir/b.mp3", "id": "2"})
+    fake.read.clear()
+    assert run(monkeypatch, "--jobs", path, "-o", str(out)) == 0
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "1 of 2 inputs skipped" in captured.err
+    assert fake.read == [str(recordings / "dir/b.mp3")]
+    lines = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    assert [(line["id"], line["text"]) for line in lines] == [("1", "Grüße, first."), ("2", "Second.")]
+
+
+@pytest.mark.parametrize(
+    ("done", "total", "elapsed", "text"),
+    [
+        (30.0, 120.0, 10.0, "[######------------------]  25%  30 of 120 s of audio, 3.0 s a second, 0:30 left"),
+        (130.0, 120.0, 10.0, f"[{'#' * 24}] 100%  130 of 120 s of audio, 13.0 s a second, 0:00 left"),
+        (0.0, 120.0, 0.0, f"[{'-' * 24}]   0%  0 of 120 s of audio, 0.0 s a second, ? left"),
+        (30.0, None, 10.0, "30 s of audio done, 3.0 s a second"),
+    ],
+)
+def test_progress_in_words(done: float, total: float | None, elapsed: float, text: str) -> None:
+    assert progress_text(done, total, elapsed) == text
+
+
+def test_durations_as_clocks() -> None:
+    assert [duration(seconds) for seconds in (0.4, 59.6, 61, 3600, 36061)] == [
+        "0:00", "1:00", "1:01", "1:00:00", "10:01:01",
+    ]  # fmt: skip
+
+
+def test_progress_is_for_terminals(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    silent = ProgressLine(10.0)
+    silent(5.0)
+    silent.clear()
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "40")
+    shown = ProgressLine(10.0)
+    shown(5.0)
+    shown(2.0)
+    first, second = capsys.readouterr().err.split("\r\x1b[2K")[1:]
+    assert first.startswith("[############------------]  50%")
+    assert second.startswith("[############------------]  50%")
+    assert max(map(len, (first, second))) == 39

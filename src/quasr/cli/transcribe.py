@@ -125,7 +125,8 @@ def transcribe(
     request = Request(choice, options, allow_private_urls, overwrite)
     _use_threads(threads)
     if jobs is not None:
-        return work(read_jobs(jobs), _job_lines(audio, style, target), request)
+        lines = _job_lines(audio, style, target)
+        return work(read_jobs(jobs), lines, request)
     return work(*_inputs_and_outputs(audio, recursive, style, target), request)
 
 
