@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from quasr.engine.torch_engine import TorchEngine
 from quasr.errors import ModelError, ResourceError
 from quasr.model.asr import Qwen3ASR
 from quasr.model.config import AudioConfig, ModelConfig, TextConfig
+from quasr.text.loops import loop_length
 
 AUDIO = AudioConfig(layers=2, width=16, heads=2, ffn=32, output=24, mel_bins=16, stem_channels=8)
 TEXT = TextConfig(vocab_size=61, hidden=24, layers=2, heads=4, kv_heads=2, head_dim=8, ffn=48)
@@ -84,6 +87,18 @@ def test_every_length_of_finish_is_met() -> None:
             ends = result.tokens.index(stop) if stop in result.tokens else len(result.tokens)
             assert cut.tokens == result.tokens[:ends]
             assert cut.finish_reason == ("stop" if stop in result.tokens else "length")
+
+
+def test_a_loop_ends_its_row_where_it_is_found_and_no_other() -> None:
+    model = build()
+    long = [replace(clip, max_new_tokens=150) for clip in REQUESTS]
+    free = TorchEngine(model, (), CPU).run(long)
+    stopped = TorchEngine(model, (), CPU).run([replace(clip, stop_loops=True) for clip in long])
+    for all_tokens, result in zip((one.tokens for one in free), stopped, strict=True):
+        loops = [end for end in range(1, 151) if loop_length(all_tokens[:end])]
+        assert result.tokens == all_tokens[: loops[0] if loops else 150]
+        assert result.finish_reason == ("loop" if loops else "length")
+    assert "loop" in {result.finish_reason for result in stopped}
 
 
 def test_empty_batch_info_stats_and_close() -> None:

@@ -17,7 +17,7 @@ import numpy as np
 from quasr.audio.chunk import Piece, cut_position
 from quasr.audio.vad import WINDOW_SECONDS, detector
 from quasr.text.loops import loop_length
-from quasr.text.parse import parse_output
+from quasr.text.parse import Parsed, parse_output
 from quasr.text.repetition import fix_repetition
 from quasr.types import SAMPLE_RATE, Notice
 
@@ -60,6 +60,7 @@ _FAULTS = {
 }
 _CUT_ANEW = frozenset({"repetition", "token_budget", "empty_on_speech"})
 _IDEOGRAPHS = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
+_HEAD_ALONE = re.compile(r"language(\s+\w+)?")
 _WORD = re.compile(rf"[{_IDEOGRAPHS}]|[^\W_{_IDEOGRAPHS}]+")
 
 
@@ -83,10 +84,10 @@ class Part:
 
 
 def read_result(tokenizer: Tokenizer, piece: Piece, result: ClipResult, language: str | None) -> Part:
-    """Parses one clip's tokens. Of a loop one copy stays. `language` is the forced one."""
+    """Parses one clip's tokens. Of a loop one copy stays; a head that breaks off is no text. `language` is forced."""
     size = len(result.tokens) - (loop_length(result.tokens) if result.finish_reason == "loop" else 0)
     raw = tokenizer.decode(result.tokens[:size]).strip()
-    parsed = parse_output(raw, language)
+    parsed = Parsed("", "") if _HEAD_ALONE.fullmatch(raw) and not language else parse_output(raw, language)
     return Part(
         start=piece.start,
         end=piece.end,
