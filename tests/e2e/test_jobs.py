@@ -16,7 +16,6 @@ from made_sound import write_wav
 
 import quasr
 from quasr.cli import main
-from quasr.cli.journal import JOURNAL_FILE
 
 if TYPE_CHECKING:
     from multiprocessing.process import BaseProcess
@@ -64,24 +63,21 @@ def make_tree(folder: Path, count: int) -> list[str]:
     return names
 
 
-def recorded(out: Path) -> list[str]:
-    """Outputs in the journal, in order, without a line that was cut off."""
-    journal = out / JOURNAL_FILE
-    if not journal.exists():
-        return []
-    return [json.loads(line)["output"] for line in journal.read_text().split("\n")[:-1] if line.endswith("}")]
+def complete(out: Path) -> list[str]:
+    """Outputs that are there, recorded or not: each appears whole or not at all."""
+    return sorted(path.relative_to(out).with_suffix("").as_posix() for path in out.rglob("*.txt"))
 
 
 def stamps(out: Path) -> dict[str, tuple[int, int]]:
     """Time and inode of every complete output: both change when it is written again."""
-    found = {name: (out / f"{name}.txt").stat() for name in recorded(out)}
+    found = {name: (out / f"{name}.txt").stat() for name in complete(out)}
     return {name: (stat.st_mtime_ns, stat.st_ino) for name, stat in found.items()}
 
 
 def kill_later(process: BaseProcess, out: Path, seconds: float) -> None:
     """SIGKILL some time after the next output is complete."""
-    before = len(recorded(out))
-    while process.is_alive() and len(recorded(out)) <= before:
+    before = len(complete(out))
+    while process.is_alive() and len(complete(out)) <= before:
         time.sleep(0.002)
     time.sleep(seconds)
     process.kill()
@@ -91,21 +87,21 @@ def kill_later(process: BaseProcess, out: Path, seconds: float) -> None:
 def survive(model: Path, folder: Path, count: int, kills: int) -> None:
     names = make_tree(folder / "in", count)
     out, arguments = folder / "out", ["-r", str(folder / "in"), "-o", str(folder / "out"), "--model", str(model)]
-    chance, complete, killed = random.Random(7), {}, 0
+    chance, before, killed = random.Random(7), {}, 0
     for _ in range(kills):
         process = start(arguments, folder / "log")
         kill_later(process, out, chance.uniform(0, 0.02))
         killed += process.exitcode == -signal.SIGKILL
         now = stamps(out)
-        assert {name: now[name] for name in complete} == complete, "a complete output was made again"
-        complete = now
+        assert {name: now[name] for name in before} == before, "a complete output was made again"
+        before = now
     assert killed == kills, "the job ended before it could be killed: it needs more files"
-    assert 0 < len(complete) < count
+    assert 0 < len(before) < count
     assert finish(start(arguments, folder / "last")) == 0
     now = stamps(out)
-    assert {name: now[name] for name in complete} == complete, "a complete output was made again"
-    assert sorted(recorded(out)) == sorted(names)
-    assert f"{len(complete)} of {count} inputs skipped" in (folder / "last").read_text()
+    assert {name: now[name] for name in before} == before, "a complete output was made again"
+    assert complete(out) == sorted(names)
+    assert f"{len(before)} of {count} inputs skipped" in (folder / "last").read_text()
     check_texts(model, folder, names)
 
 
@@ -133,17 +129,18 @@ def test_ctrl_c_ends_cleanly_and_the_rest_follows(hf: Path, tmp_path: Path) -> N
     names = make_tree(tmp_path / "in", 60)
     out, arguments = tmp_path / "out", ["-r", str(tmp_path / "in"), "-o", str(tmp_path / "out"), "--model", str(hf)]
     process = start(arguments, tmp_path / "log")
-    while process.is_alive() and not recorded(out):
+    while process.is_alive() and not complete(out):
         time.sleep(0.002)
     assert process.pid is not None
     os.kill(process.pid, signal.SIGINT)
     assert finish(process) == main.INTERRUPTED
-    log, done = (tmp_path / "log").read_text(), recorded(out)
+    log, done = (tmp_path / "log").read_text(), complete(out)
     assert "Traceback" not in log
     assert f"interrupted: {len(done)} of 60 inputs are done" in log
     assert 0 < len(done) < 60
     assert finish(start(arguments, tmp_path / "last")) == 0
-    assert sorted(recorded(out)) == sorted(names)
+    assert complete(out) == sorted(names)
+    check_texts(hf, tmp_path, names)
 
 
 def test_a_job_file_that_is_killed_goes_on(hf: Path, tmp_path: Path) -> None:

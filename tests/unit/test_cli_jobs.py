@@ -117,33 +117,41 @@ def test_text_that_utf8_cannot_say_stays_json(tmp_path: Path) -> None:
 
 
 def test_the_journal_counts_what_has_all_its_files(tmp_path: Path) -> None:
-    files = [tmp_path / "sub/a.txt", tmp_path / "sub/a.srt"]
-    (tmp_path / "sub").mkdir()
-    for file in files:
-        file.touch()
-    journal = Journal(tmp_path)
-    journal.add("sub/a", "k1", files)
-    assert journal.key("sub/a") == Journal(tmp_path).key("sub/a") == "k1"
-    journal.add("sub/a", "k2", files)
+    texts = {"sub/a.txt": "Grüße\n", "sub/a.srt": "1\n"}
+    journal = Journal(tmp_path / "new")
+    folder = tmp_path / "new" / "sub"
+    journal.begin("sub/a", "k1", texts)
+    folder.mkdir()
+    (folder / "a.txt").write_text("Grüße\n", encoding="utf-8")
+    assert Journal(tmp_path / "new").key("sub/a") is None
+    (folder / "a.srt").write_text("1\n")
+    assert Journal(tmp_path / "new").key("sub/a") == "k1"
+    (folder / "a.srt").write_text("of an older run")
+    assert Journal(tmp_path / "new").key("sub/a") is None
+    journal.end("sub/a")
+    assert journal.key("sub/a") == Journal(tmp_path / "new").key("sub/a") == "k1"
+    journal.begin("sub/a", "k2", texts)
     journal.close()
-    assert Journal(tmp_path).key("sub/a") == "k2"
-    files[1].unlink()
-    assert Journal(tmp_path).key("sub/a") is None
-    assert Journal(tmp_path).key("b") is None
+    assert Journal(tmp_path / "new").key("sub/a") is None
+    assert Journal(tmp_path / "new").key("b") is None
+    (folder / "a.srt").unlink()
+    assert Journal(tmp_path / "new").key("sub/a") is None
 
 
 def test_a_journal_that_was_cut_off_goes_on(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").touch()
     first = Journal(tmp_path)
-    first.add("a", "k1", [tmp_path / "a.txt"])
+    first.begin("a", "k1", {"a.txt": "text"})
+    first.end("a")
     first.close()
+    (tmp_path / "a.txt").write_text("corrected by hand")
     path = tmp_path / JOURNAL_FILE
     whole = path.read_bytes()
     for end in range(len(whole)):
         path.write_bytes(whole[:end])
         journal = Journal(tmp_path)
         assert journal.key("a") == ("k1" if end == len(whole) - 1 else None)
-        journal.add("b", "k2", [tmp_path / "a.txt"])
+        journal.begin("b", "k2", {"a.txt": "x"})
+        journal.end("b")
         journal.close()
         assert Journal(tmp_path).key("b") == "k2"
 

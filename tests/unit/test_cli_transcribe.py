@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+import signal
 import sys
 from typing import TYPE_CHECKING, Self
 
 import pytest
 
 from quasr.cli import main
+from quasr.cli.interrupt import Interrupt
 from quasr.cli.options import ModelChoice
 from quasr.cli.terminal import ProgressLine, duration, progress_text
 from quasr.engine.base import EngineInfo
@@ -37,6 +40,7 @@ ANSWERS: dict[str, Transcript | AudioError] = {
     "bad.wav": AudioDecodeError("bad.wav is not\naudio"),
     "https://host/talks/day%201.mp3?secret=1": said("From afar."),
     "other/a.flac": said("Same stem."),
+    "stop.wav": said("Until here."),
 }
 
 
@@ -66,8 +70,9 @@ class FakeTranscriber:
     def answer(self, source: str | BinaryIO, progress: Callable[[float], None]) -> Transcript | AudioError:
         if not isinstance(source, str):
             return said(f"read {len(source.read())} bytes")
-        if source == "stop.wav":
-            raise KeyboardInterrupt
+        if source in ("stop.wav", "twice.wav"):
+            for _ in range(1 + (source == "twice.wav")):
+                signal.raise_signal(signal.SIGINT)
         progress(2.0)
         self.read.append(source)
         return ANSWERS[source]
@@ -258,14 +263,57 @@ def test_only_what_changed_is_done_again(
     assert done_by("--language", "de", "-f", "srt") == []
 
 
+@pytest.mark.parametrize(("name", "kept"), [("stop", ["a", "stop"]), ("twice", ["a"])])
 def test_ctrl_c_keeps_what_is_done_and_sums_up(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], recordings: Path
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    fake: FakeTranscriber,
+    recordings: Path,
+    name: str,
+    kept: list[str],
 ) -> None:
-    assert run(monkeypatch, "a.wav", "stop.wav", "dir/b.mp3", "-o", "out") == main.INTERRUPTED
+    handler = signal.getsignal(signal.SIGINT)
+    assert run(monkeypatch, "a.wav", f"{name}.wav", "dir/b.mp3", "-o", "out") == main.INTERRUPTED
     captured = capsys.readouterr()
-    assert "interrupted: 1 of 3 inputs are done; run the same command again" in captured.err
-    assert "audio 2.0 s, wall " in captured.err
-    assert (recordings / "out" / "a.txt").read_text(encoding="utf-8") == "Grüße, first.\n"
+    assert f"interrupted: {len(kept)} of 3 inputs are done; run the same command again" in captured.err
+    assert f"audio {2.0 * len(kept)} s, wall " in captured.err
+    assert sorted(path.stem for path in (recordings / "out").glob("[!.]*")) == kept
+    assert "dir/b.mp3" not in fake.read
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_a_second_interrupt_that_was_swallowed_writes_nothing() -> None:
+    with Interrupt() as interrupt:
+        interrupt.result()
+        signal.raise_signal(signal.SIGINT)
+        interrupt.result()
+        with pytest.raises(KeyboardInterrupt):
+            interrupt.rest()
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            interrupt.result()
+
+
+def test_within_a_long_file_the_second_batch_stops() -> None:
+    with Interrupt() as interrupt:
+        interrupt.batch()
+        interrupt.batch()
+        signal.raise_signal(signal.SIGINT)
+        interrupt.batch()
+        with pytest.raises(KeyboardInterrupt):
+            interrupt.batch()
+
+
+def test_an_ignored_interrupt_stays_ignored() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with Interrupt() as interrupt:
+            signal.raise_signal(signal.SIGINT)
+            interrupt.rest()
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def jobs(folder: Path, *rows: dict[str, str]) -> str:

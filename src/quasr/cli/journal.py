@@ -10,7 +10,7 @@ from typing import IO, TYPE_CHECKING, Any
 from quasr.errors import OptionError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
     from pathlib import Path
 
     from quasr.cli.inputs import Input
@@ -52,9 +52,10 @@ def model_identity(folder: Path) -> str:
 
 
 class Journal:
-    """The outputs of a folder that are complete, each a line that is added once its files are there.
+    """The outputs of a folder that are complete: a line before the files are written, and one when they are there.
 
-    A line that a crash cut off is passed over: its output is made again.
+    After a crash between the two, the first line's hashes say whether the files are complete; files with both lines
+    may have been corrected by hand, and are left alone. A line that a crash cut off is passed over.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -66,22 +67,36 @@ class Journal:
     def key(self, name: str) -> str | None:
         """The fingerprint that the output `name` was made with; None if it is not there in full."""
         record = self._records.get(name)
-        if record is None or not all((self._folder / file).is_file() for file in record["files"]):
+        if record is None:
             return None
-        return str(record["key"])
+        paths = {self._folder / file: digest for file, digest in record["files"].items()}
+        if record.get("done"):
+            return record["key"] if all(path.is_file() for path in paths) else None
+        return record["key"] if all(_hash(path) == digest for path, digest in paths.items()) else None
 
-    def add(self, name: str, key: str, files: Sequence[Path]) -> None:
-        """Records an output whose files are written. Raises OptionError where the journal cannot be."""
-        names = [path.relative_to(self._folder).as_posix() for path in files]
-        record = {"output": name, "key": key, "files": names}
+    def begin(self, name: str, key: str, texts: Mapping[str, str]) -> None:
+        """Records what is about to be written: texts by path below the folder.
+
+        Raises OptionError where the journal cannot be written.
+        """
+        files = {file: hashlib.sha256(text.encode()).hexdigest() for file, text in texts.items()}
+        self._records[name] = {"output": name, "key": key, "files": files}
+        self._write(self._records[name])
+
+    def end(self, name: str) -> None:
+        """Records that all of it is written. Raises OptionError where the journal cannot be."""
+        self._records[name]["done"] = True
+        self._write({"output": name, "done": True})
+
+    def _write(self, record: Mapping[str, Any]) -> None:
         try:
             if self._file is None:
+                self._folder.mkdir(parents=True, exist_ok=True)
                 self._file = _open(self._path)
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
         except OSError as error:
             raise OptionError(f"{self._path} cannot be written ({error.strerror}): choose another folder") from error
-        self._records[name] = record
 
     def close(self) -> None:
         """Closes the file."""
@@ -92,13 +107,16 @@ class Journal:
 def _audio_hash(item: Input) -> str | None:
     if item.is_url:
         return f"url {item.source}"
-    if item.path is None:
-        return None
+    return None if item.path is None else _hash(item.path)
+
+
+def _hash(path: Path) -> str | None:
+    """SHA-256 of a file's content; None where it cannot be read, which is said when its turn comes."""
     try:
-        with item.path.open("rb") as file:
+        with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except (OSError, ValueError):
-        return None  # what is wrong with it is said when its turn comes
+        return None
 
 
 def _open(path: Path) -> IO[str]:
@@ -115,14 +133,19 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
         return {}
     except OSError as error:
         raise OptionError(f"{path} cannot be read ({error.strerror}): choose another folder") from error
-    records = (record for line in lines if (record := _record(line)) is not None)
-    return {record["output"]: record for record in records}
+    records: dict[str, dict[str, Any]] = {}
+    for record in map(_record, lines):
+        if "files" in record:
+            records[record["output"]] = record
+        elif "done" in record and record["output"] in records:
+            records[record["output"]]["done"] = True
+    return records
 
 
-def _record(line: str) -> dict[str, Any] | None:
+def _record(line: str) -> dict[str, Any]:
+    """One line's object; empty for a line that was cut off."""
     try:
         record = json.loads(line)
     except ValueError:
-        return None
-    whole = isinstance(record, dict) and {"output", "key", "files"} <= record.keys()
-    return record if whole else None
+        return {}
+    return record if isinstance(record, dict) and "output" in record else {}

@@ -107,14 +107,17 @@ class Files:
 
     def put(self, item: Input, transcript: Transcript, key: str | None) -> None:
         """Writes the files; with a key, records them."""
-        from quasr.output import write_files
+        from quasr.output import render, write_files
 
-        name = PurePosixPath(item.name)
-        paths = write_files(transcript, self._folder / name.parent, name.name, self._style.formats, self._style.rules)
+        name, style = PurePosixPath(item.name), self._style
+        if key is not None:
+            texts = {f"{name}.{fmt}": render(transcript, fmt, style.rules) for fmt in style.formats}
+            self._journal.begin(item.name, key, texts)
+        paths = write_files(transcript, self._folder / name.parent, name.name, style.formats, style.rules)
+        if key is not None:
+            self._journal.end(item.name)
         for path in paths:
             note(f"wrote {path}")
-        if key is not None:
-            self._journal.add(item.name, key, paths)
 
     def fail(self, item: Input, message: str) -> None:
         """A failure leaves no file: the next run tries again."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from quasr.cli.inputs import STDIN, total_seconds
+from quasr.cli.interrupt import Interrupt
 from quasr.cli.journal import Fingerprint, model_identity
 from quasr.cli.terminal import ProgressLine, megabytes, note
 from quasr.errors import UnknownLanguageError
@@ -92,6 +93,7 @@ class _Run:
         self._keys: dict[str, str | None] = {}
         self._tally = Tally(len(pending))
         self._progress = ProgressLine()
+        self._interrupt = Interrupt()
 
     def finish(self) -> int:
         if all(item.error for item in self._pending):
@@ -102,8 +104,10 @@ class _Run:
             self._outputs.start(self._pending)
             self._progress.expect(total_seconds(self._pending) if self._progress.shown else None)
             try:
-                for items in _alike(self._pending):
-                    self._take(self._outcomes(transcriber, items))
+                with self._interrupt:
+                    for items in _alike(self._pending):
+                        self._take(self._outcomes(transcriber, items))
+                        self._interrupt.rest()
             except KeyboardInterrupt:
                 self._progress.clear()
                 again = "; run the same command again to go on" if self._fingerprint else ""
@@ -125,7 +129,7 @@ class _Run:
                 self._sources(items),
                 replace(transcriber.defaults, **{**self._request.options, **own}),
                 limits=FetchLimits(allow_private=self._request.allow_private),
-                progress=lambda seconds: self._progress(before + seconds),
+                progress=lambda seconds: self._show(before + seconds),
             )
         except UnknownLanguageError as error:
             if "language" not in own:
@@ -139,11 +143,17 @@ class _Run:
         """What the transcriber reads, each with its fingerprint from just before: a later change is seen next time."""
         for item in items:
             if item.error is None:
+                self._interrupt.rest()
                 self._keys[item.name] = self._fingerprint.of(item) if self._fingerprint else None
                 yield sys.stdin.buffer if item.source == STDIN else item.source
 
+    def _show(self, seconds: float) -> None:
+        self._progress(seconds)
+        self._interrupt.batch()
+
     def _take(self, outcomes: Iterable[tuple[Input, Transcript | QuasrError | None]]) -> None:
         for item, outcome in outcomes:
+            self._interrupt.result()
             self._progress.clear()
             if isinstance(outcome, Transcript):
                 self._deliver(item, outcome)
