@@ -66,7 +66,7 @@ def transcribe(
         Path | None, typer.Option("--jobs", help="JSONL of path or url, and id, language, context; gives JSONL.")
     ] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="With -o: do again what is complete and unchanged.")
+        bool, typer.Option("--overwrite", help="With -o: do again what is complete. URLs count as unchanged.")
     ] = False,
     max_line_width: Annotated[
         int | None, typer.Option("--max-line-width", min=1, help="Most columns of a line of subtitles.")
