@@ -85,9 +85,8 @@ def test_transcript_on_stdout_and_the_rest_on_stderr(hf: Path, wav: Path, transc
 def test_files_instead_of_stdout(original: Path, wav: Path, tmp_path: Path, transcribe: Quasr) -> None:
     done = transcribe(original, wav, "-f", "all", "-o", tmp_path)
     assert (done.returncode, done.stdout) == (0, "")
-    assert {path.name for path in tmp_path.iterdir()} == {
-        f"sound.{fmt}" for fmt in ("txt", "srt", "vtt", "tsv", "json")
-    }
+    written = {f"sound.{fmt}" for fmt in ("txt", "srt", "vtt", "tsv", "json")}
+    assert {path.name for path in tmp_path.iterdir()} == {*written, ".quasr.jsonl"}
 
 
 def silent_video(path: Path) -> Path:
