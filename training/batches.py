@@ -113,6 +113,13 @@ class Vocabulary:
         self.letters = [np.array([letter[c] for c in " " + spoken(clip.text)], np.int32) for clip in clips]
         self._encode = tokenizer.encode
 
+    def frame(self, context: Tokens) -> tuple[Tokens, Tokens]:
+        """The prompt before and after the audio, without a forced language."""
+        turn = [self.id("<|im_end|>"), *self.text("\n"), self.id("<|im_start|>")]
+        prefix = [self.id("<|im_start|>"), *self.text("system\n"), *context, *turn]
+        prefix += [*self.text("user\n"), self.id("<|audio_start|>")]
+        return prefix, [self.id("<|audio_end|>"), *turn, *self.text("assistant\n")]
+
     def text(self, text: str) -> Tokens:
         return self._encode(text, add_special_tokens=False).ids
 
@@ -278,16 +285,7 @@ class Sampler(IterableDataset[Batch]):
         context = words.text(self._context(example, rng))[:CONTEXT_ROOM] if rng.random() < 0.12 else []
         forced = example.language != "None" and rng.random() < 0.25
         head = [*words.text(f"language {example.language}"), words.id("<asr_text>")]
-        prefix = [
-            words.id("<|im_start|>"),
-            *words.text("system\n"),
-            *context,
-            words.id("<|im_end|>"),
-            *words.text("\n"),
-        ]
-        prefix += [words.id("<|im_start|>"), *words.text("user\n"), words.id("<|audio_start|>")]
-        suffix = [words.id("<|audio_end|>"), words.id("<|im_end|>"), *words.text("\n"), words.id("<|im_start|>")]
-        suffix += words.text("assistant\n")
+        prefix, suffix = words.frame(context)
         answer = [*self._said(example), words.id("<|im_end|>")]
         return (prefix, suffix + head, answer) if forced else (prefix, suffix, head + answer)
 

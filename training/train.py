@@ -381,11 +381,7 @@ class Examiner:
         seconds = math.ceil(max(example.samples for example in examples) / RATE)
         tensors = self.sampler._audio(examples, random.Random(0))
         mel, frames = frontend.features(Batch(seconds, tensors).to(device), train=False)
-        words = self.sampler.vocabulary
-        prefix = [words.id("<|im_start|>"), *words.text("system\n"), words.id("<|im_end|>"), *words.text("\n")]
-        prefix += [words.id("<|im_start|>"), *words.text("user\n"), words.id("<|audio_start|>")]
-        suffix = [words.id("<|audio_end|>"), words.id("<|im_end|>"), *words.text("\n"), words.id("<|im_start|>")]
-        suffix += words.text("assistant\n")
+        prefix, suffix = self.sampler.vocabulary.frame([])
         audio = network.encode([row[:, :count] for row, count in zip(mel, frames.tolist(), strict=True)])
         ends = [torch.tensor(ids, device=device) for ids in (prefix, suffix)]
         prompts, lengths = network.embed_prompts(audio, [ends[0]] * len(rows), [ends[1]] * len(rows))
