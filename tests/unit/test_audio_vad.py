@@ -99,6 +99,7 @@ def test_mostly_silent_is_half_and_fifteen_seconds() -> None:
     assert not mostly_silent(np.empty(0, np.float32))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("found", [detector, EnergyDetector])
 @pytest.mark.parametrize("block", [1700, 10 * RATE])
 def test_pieces_are_the_speech_with_its_samples_and_times(found: type[EnergyDetector], block: int) -> None:

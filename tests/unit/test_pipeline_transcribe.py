@@ -194,6 +194,7 @@ def test_what_fits_stays_whole(seconds: float) -> None:
     assert job.notices == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("longest", [5.0, 7.0, 30.0])
 def test_planned_pieces_hold_all_sound_and_none_is_too_long(longest: float) -> None:
     samples = paced(12)
@@ -208,6 +209,7 @@ def test_planned_pieces_hold_all_sound_and_none_is_too_long(longest: float) -> N
     assert len(found) <= np.ceil(46 / (longest / 2))
 
 
+@pytest.mark.slow
 def test_silence_is_not_decoded_and_counts_as_audio() -> None:
     engine = ScriptedEngine([english("One."), english("Two.")])
     hush = np.zeros(20 * RATE, np.float32)
