@@ -81,7 +81,7 @@ class Words:
 
 def run(minutes: int) -> Transcript:
     options = TranscribeOptions()
-    setup = Setup(cast("Tokenizer", Words()), Prompt((1,), (2,)), None, 128, options, FetchLimits())
+    setup = Setup(cast("Tokenizer", Words()), Prompt((1,), (2,)), None, options, FetchLimits())
     (result,) = transcribe(Parrot(), setup, [EndlessWav(minutes)])
     assert isinstance(result, Transcript)
     return result

@@ -45,8 +45,8 @@ def engine(model: Qwen3ASR) -> TorchEngine:
 
 def requests() -> list[ClipRequest]:
     generator = np.random.default_rng(4)
-    mels = [generator.normal(size=(16, frames)).astype(np.float32) for frames in (150, 90)]
-    return [ClipRequest(mel, (1, 2, 3), (4, 5), 6) for mel in mels]
+    clips = [generator.normal(size=frames * 160).astype(np.float32) for frames in (150, 90)]
+    return [ClipRequest(samples, (1, 2, 3), (4, 5), 6) for samples in clips]
 
 
 @pytest.mark.parametrize(("layers", "count"), [(2, 2), (5, 2), (5, 3), (5, 4), (5, 5)])

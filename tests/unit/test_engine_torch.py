@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from quasr.audio.mel import log_mel
 from quasr.engine.base import ClipRequest
 from quasr.engine.device import Placement
 from quasr.engine.torch_engine import TorchEngine
@@ -37,9 +38,9 @@ def build(seed: int = 0) -> Qwen3ASR:
 
 def request(frames: int, budget: int, seed: int) -> ClipRequest:
     rng = np.random.default_rng(seed)
-    mel = rng.standard_normal((AUDIO.mel_bins, frames)).astype(np.float32)
+    samples = rng.standard_normal(frames * 160).astype(np.float32)
     prefix = tuple(rng.integers(0, TEXT.vocab_size, 5 + seed).tolist())
-    return ClipRequest(mel, prefix, (3, 4), budget)
+    return ClipRequest(samples, prefix, (3, 4), budget)
 
 
 REQUESTS = [request(f, b, s) for s, (f, b) in enumerate([(50, 40), (433, 7), (100, 25), (901, 40), (51, 1), (267, 33)])]
@@ -48,7 +49,7 @@ REQUESTS = [request(f, b, s) for s, (f, b) in enumerate([(50, 40), (433, 7), (10
 @torch.inference_mode()
 def recompute(model: Qwen3ASR, clip: ClipRequest, stop_ids: set[int]) -> tuple[list[int], list[float], str]:
     """Greedy decoding without any cache: the whole prompt again for every token."""
-    audio = model.encode([torch.from_numpy(clip.mel)])[0]
+    audio = model.encode([torch.from_numpy(log_mel(clip.samples, AUDIO.mel_bins))])[0]
     embed = model.decoder.embed_tokens
     x = torch.cat([embed(torch.tensor(clip.prefix)), audio, embed(torch.tensor(clip.suffix))])
     tokens: list[int] = []

@@ -13,7 +13,7 @@ from taught_clips import taught_clips
 
 from quasr.engine.base import ClipRequest, ClipResult, token_budget
 from quasr.errors import AudioDecodeError
-from quasr.quant.prompts import embed, position_weights, read_mels, teach, transcribe
+from quasr.quant.prompts import embed, position_weights, read_clips, teach, transcribe
 from quasr.text.prompt import build_prompt
 
 if TYPE_CHECKING:
@@ -36,29 +36,29 @@ class Spelling:
 
 
 class Parrot:
-    """An engine that answers with the clip's frame count, and never stops at odd ones."""
+    """An engine that answers with the clip's count of 10 ms frames, and never stops at odd ones."""
 
     def __init__(self) -> None:
         self.batches: list[list[ClipRequest]] = []
 
     def run(self, requests: Sequence[ClipRequest]) -> list[ClipResult]:
         self.batches.append(list(requests))
-        frames = [request.mel.shape[1] for request in requests]
+        frames = [len(request.samples) // 160 for request in requests]
         return [ClipResult((count,), (0.0,), "length" if count % 2 else "stop") for count in frames]
 
 
 TOKENIZER = cast("Tokenizer", Spelling())
 
 
-def mels(*frames: int) -> list[np.ndarray]:
-    return [np.zeros((16, count), np.float32) for count in frames]
+def clips_of(*frames: int) -> list[np.ndarray]:
+    return [np.zeros(count * 160, np.float32) for count in frames]
 
 
 def test_answers_come_in_the_order_of_the_clips_and_end_where_the_engine_stopped() -> None:
     engine, done = Parrot(), list[int]()
-    answers = transcribe(cast("Engine", engine), TOKENIZER, mels(60, 300, 121), batch=2, progress=done.append)
+    answers = transcribe(cast("Engine", engine), TOKENIZER, clips_of(60, 300, 121), batch=2, progress=done.append)
     assert answers == [(60, END), (300, END), (121,)]
-    assert [[request.mel.shape[1] for request in batch] for batch in engine.batches] == [[300, 121], [60]]
+    assert [[len(request.samples) // 160 for request in batch] for batch in engine.batches] == [[300, 121], [60]]
     assert done == [2, 3]
     prompt = build_prompt(TOKENIZER)
     first = engine.batches[0][0]
@@ -67,7 +67,7 @@ def test_answers_come_in_the_order_of_the_clips_and_end_where_the_engine_stopped
 
 def test_a_forced_language_moves_the_head_of_the_answer_into_the_prompt() -> None:
     answer = (*b"language English", TAG, *b"hi", END)
-    free, forced = teach(TOKENIZER, mels(60, 60), [answer, answer])
+    free, forced = teach(TOKENIZER, clips_of(60, 60), 16, [answer, answer])
     assert free.prompt == build_prompt(TOKENIZER)
     assert free.answer == answer
     assert forced.prompt == build_prompt(TOKENIZER, language="English")
@@ -76,13 +76,13 @@ def test_a_forced_language_moves_the_head_of_the_answer_into_the_prompt() -> Non
 
 def test_no_language_is_forced_where_none_was_found_or_none_is_wanted() -> None:
     answers = [(*b"what", END), (*b"no tag", END), (*b"language None", TAG, END)]
-    assert [clip.answer for clip in teach(TOKENIZER, mels(60, 60, 60), answers)] == answers
+    assert [clip.answer for clip in teach(TOKENIZER, clips_of(60, 60, 60), 16, answers)] == answers
     tagged = [(TAG, 1), (TAG, 2)]
-    assert [clip.answer for clip in teach(TOKENIZER, mels(60, 60), tagged, forced_every=0)] == tagged
+    assert [clip.answer for clip in teach(TOKENIZER, clips_of(60, 60), 16, tagged, forced_every=0)] == tagged
 
 
 def test_clips_without_an_answer_are_left_out() -> None:
-    clips = teach(TOKENIZER, mels(60, 70, 80), [(), (5, TAG), (3, END)])
+    clips = teach(TOKENIZER, clips_of(60, 70, 80), 16, [(), (5, TAG), (3, END)])
     assert [clip.mel.shape[1] for clip in clips] == [80]
 
 
@@ -108,4 +108,4 @@ def test_a_file_that_is_no_audio_is_named(tmp_path: Path) -> None:
     path = tmp_path / "broken.wav"
     path.write_bytes(b"no audio at all")
     with pytest.raises(AudioDecodeError, match=r"broken\.wav"):
-        list(read_mels([path], 16))
+        list(read_clips([path]))

@@ -46,20 +46,20 @@ class Calibration:
         """
         from quasr.evaluation.manifest import read_manifest
         from quasr.quant.calibrate import CalibrateOptions, calibrate
-        from quasr.quant.prompts import read_mels, teach
+        from quasr.quant.prompts import read_clips, teach
         from quasr.text.tokenizer import Tokenizer
         from quasr.weights.load import load_model
 
         paths = [clip.path for clip in read_manifest(self.manifest)]
-        mels = list(read_mels(paths, config.audio.mel_bins))
+        heard = list(read_clips(paths))
         model = load_model(source, config, placement.dtype, placement.device)
         tokenizer = Tokenizer.from_folder(source)
-        clips = teach(tokenizer, mels, self._answers(model, tokenizer, mels, placement))
+        clips = teach(tokenizer, heard, config.audio.mel_bins, self._answers(model, tokenizer, heard, placement))
         calibrate(model, recipe, clips, CalibrateOptions(self.method), self.work, _say_layer)
         return model, len(clips)
 
     def _answers(
-        self, model: Qwen3ASR, tokenizer: Any, mels: Sequence[NDArray[np.float32]], placement: Placement
+        self, model: Qwen3ASR, tokenizer: Any, clips: Sequence[NDArray[np.float32]], placement: Placement
     ) -> list[tuple[int, ...]]:
         from quasr.engine.torch_engine import TorchEngine
         from quasr.pipeline.transcriber import stop_ids
@@ -67,9 +67,11 @@ class Calibration:
 
         path = self.work / ANSWERS_FILE
         if path.is_file():
-            return _read_answers(path, len(mels))
+            return _read_answers(path, len(clips))
         engine = TorchEngine(model, stop_ids(model.config, tokenizer), placement)
-        answers = transcribe(engine, tokenizer, mels, progress=lambda done: note(f"transcribed {done} of {len(mels)}"))
+        answers = transcribe(
+            engine, tokenizer, clips, progress=lambda done: note(f"transcribed {done} of {len(clips)}")
+        )
         _write_answers(path, answers)
         return answers
 

@@ -28,12 +28,13 @@ def token_budget(seconds: float) -> int:
 
 @dataclass(frozen=True, slots=True)
 class ClipRequest:
-    """One clip. `mel` is (mel_bins, frames) float32; the prompt is `prefix`, one position a audio token, `suffix`.
+    """One clip. `samples` is (n,) float32 at 16 kHz, of which the engine makes log-mel frames where that is fastest;
+    the prompt is `prefix`, one position an audio token, `suffix`.
 
     With `stop_loops` decoding ends in a loop of tokens (`quasr.text.loops`) and not at the budget.
     """
 
-    mel: NDArray[np.float32]
+    samples: NDArray[np.float32]
     prefix: tuple[int, ...]
     suffix: tuple[int, ...]
     max_new_tokens: int

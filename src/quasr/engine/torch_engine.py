@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from quasr.audio.mel import log_mel
 from quasr.engine.base import ClipRequest, ClipResult, EngineInfo, EngineStats
 from quasr.errors import ModelError, ResourceError
 from quasr.model.decoder import KVCache
 from quasr.text.loops import LoopDetector
+from quasr.types import SAMPLE_RATE
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence
@@ -119,7 +121,7 @@ class TorchEngine:
         """Encodes the audio and lays out the prompts: (batch, longest, hidden) and the true lengths."""
         started = self._clock()
         device = self._placement.device
-        audio = self._network.encode([torch.from_numpy(request.mel).to(device) for request in requests])
+        audio = self._network.encode([self._mel(request).to(device) for request in requests])
         prompts = self._network.embed_prompts(
             audio,
             [torch.tensor(request.prefix, dtype=torch.long, device=device) for request in requests],
@@ -127,6 +129,9 @@ class TorchEngine:
         )
         self._stats.encode_seconds += self._clock() - started
         return prompts
+
+    def _mel(self, request: ClipRequest) -> Tensor:
+        return torch.from_numpy(log_mel(request.samples, self._network.config.audio.mel_bins))
 
     def _decode(self, embeddings: Tensor, rows: list[Row]) -> None:
         """Prefill, then a token a row and step until every row is finished."""
@@ -191,7 +196,7 @@ def _memory_advice(requests: Sequence[ClipRequest], device: torch.device) -> Ite
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
-        longest = max(request.mel.shape[1] for request in requests) / 100
+        longest = max(len(request.samples) for request in requests) / SAMPLE_RATE
         raise ResourceError(
             f"out of memory on {device} with {len(requests)} clips of up to {longest:.0f} s: "
             "use a smaller batch (--batch-size), a smaller dtype or another device"

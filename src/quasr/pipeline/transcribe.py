@@ -17,7 +17,6 @@ import numpy as np
 
 from quasr.audio.chunk import OFFICIAL_SECONDS, pieces, speech_pieces
 from quasr.audio.decode import log_notice, stream
-from quasr.audio.mel import log_mel
 from quasr.audio.plan import PlanOptions
 from quasr.audio.source import name_of
 from quasr.audio.vad import detector, mostly_silent
@@ -63,7 +62,6 @@ class Setup:
     tokenizer: Tokenizer
     prompt: Prompt
     language: str | None
-    mel_bins: int
     options: TranscribeOptions
     limits: FetchLimits
 
@@ -216,7 +214,7 @@ def _head(blocks: Iterator[NDArray[np.float32]], seconds: float) -> tuple[list[N
 
 def _task(setup: Setup, job: Job, piece: Piece, prompt: Prompt) -> Task:
     request = ClipRequest(
-        mel=log_mel(piece.samples, setup.mel_bins),
+        samples=piece.samples,
         prefix=prompt.prefix,
         suffix=prompt.suffix,
         max_new_tokens=setup.options.max_new_tokens or token_budget(piece.end - piece.start),

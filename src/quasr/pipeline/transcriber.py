@@ -164,7 +164,6 @@ class Transcriber:
             tokenizer=self._tokenizer,
             prompt=build_prompt(self._tokenizer, chosen.context, language),
             language=language,
-            mel_bins=self._config.audio.mel_bins,
             options=chosen,
             limits=limits or FetchLimits(),
         )

@@ -35,8 +35,6 @@ TEXT_WEIGHT = 4.0
 """Of a position that predicts a token of the answer, where one of prompt or audio counts 1: audio has more positions,
 but only these decide the text."""
 
-FRAMES_A_SECOND = 100
-
 
 @dataclass(frozen=True, slots=True)
 class TaughtClip:
@@ -47,29 +45,29 @@ class TaughtClip:
     answer: tuple[int, ...]
 
 
-def read_mels(paths: Iterable[Path], mel_bins: int) -> Iterator[NDArray[np.float32]]:
-    """The first 30 s of each file as (mel_bins, frames). Raises AudioError."""
+def read_clips(paths: Iterable[Path]) -> Iterator[NDArray[np.float32]]:
+    """The first 30 s of each file: (n,) samples at 16 kHz. Raises AudioError."""
     for path in paths:
-        yield log_mel(load(path)[: LONGEST_SECONDS * SAMPLE_RATE], mel_bins)
+        yield load(path)[: LONGEST_SECONDS * SAMPLE_RATE]
 
 
 def transcribe(
     engine: Engine,
     tokenizer: Tokenizer,
-    mels: Sequence[NDArray[np.float32]],
+    clips: Sequence[NDArray[np.float32]],
     batch: int = 16,
     progress: Callable[[int], None] | None = None,
 ) -> list[tuple[int, ...]]:
-    """The answer of `engine` to every clip, language and all, with `<|im_end|>` where it stopped by itself.
+    """The answer of `engine` to every clip of (n,) samples, language and all; `<|im_end|>` where it stopped.
 
     `progress` is called with the clips done.
     """
     prompt = build_prompt(tokenizer)
-    order = sorted(range(len(mels)), key=lambda index: mels[index].shape[1], reverse=True)
-    answers: list[tuple[int, ...]] = [()] * len(mels)
+    order = sorted(range(len(clips)), key=lambda index: len(clips[index]), reverse=True)
+    answers: list[tuple[int, ...]] = [()] * len(clips)
     for start in range(0, len(order), batch):
         chosen = order[start : start + batch]
-        results = engine.run([_request(mels[index], prompt) for index in chosen])
+        results = engine.run([_request(clips[index], prompt) for index in chosen])
         for index, result in zip(chosen, results, strict=True):
             end = (tokenizer.special.im_end,) if result.finish_reason == "stop" else ()
             answers[index] = result.tokens + end
@@ -78,13 +76,14 @@ def transcribe(
     return answers
 
 
-def _request(mel: NDArray[np.float32], prompt: Prompt) -> ClipRequest:
-    return ClipRequest(mel, prompt.prefix, prompt.suffix, token_budget(mel.shape[1] / FRAMES_A_SECOND))
+def _request(samples: NDArray[np.float32], prompt: Prompt) -> ClipRequest:
+    return ClipRequest(samples, prompt.prefix, prompt.suffix, token_budget(len(samples) / SAMPLE_RATE))
 
 
 def teach(
     tokenizer: Tokenizer,
-    mels: Sequence[NDArray[np.float32]],
+    clips: Sequence[NDArray[np.float32]],
+    mel_bins: int,
     answers: Sequence[tuple[int, ...]],
     forced_every: int = 2,
 ) -> list[TaughtClip]:
@@ -94,13 +93,14 @@ def teach(
     to the prompt, and only the text behind it is an answer.
     """
     prompt, special = build_prompt(tokenizer), tokenizer.special
-    clips = []
-    for index, (mel, answer) in enumerate(zip(mels, answers, strict=True)):
+    taught = []
+    for index, (samples, answer) in enumerate(zip(clips, answers, strict=True)):
         forced = forced_every > 0 and index % forced_every == forced_every - 1
         head = _head(answer, special) if forced else 0
         if len(answer) > head:
-            clips.append(TaughtClip(mel, Prompt(prompt.prefix, prompt.suffix + answer[:head]), answer[head:]))
-    return clips
+            longer = Prompt(prompt.prefix, prompt.suffix + answer[:head])
+            taught.append(TaughtClip(log_mel(samples, mel_bins), longer, answer[head:]))
+    return taught
 
 
 def _head(answer: tuple[int, ...], special: SpecialTokens) -> int:
