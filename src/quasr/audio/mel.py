@@ -24,8 +24,8 @@ MIN_SAMPLES = 8000
 MAX_FREQUENCY = 8000.0
 FLOOR = 1e-10
 DYNAMIC_RANGE = 8.0
-SLICE_FRAMES = 1024
-"""Frames transformed at a time: about 7 MB of float64, whatever the clip's length."""
+SLICE_FRAMES = 128
+"""Frames transformed at a time: 0.4 MB of float64, which stays in a core's cache, whatever the clip's length."""
 
 LINEAR_HZ_PER_MEL = 200.0 / 3.0
 LOG_FROM_HZ = 1000.0
@@ -42,7 +42,7 @@ def log_mel(samples: NDArray[np.float32], mel_bins: int = 128) -> NDArray[np.flo
     windows = np.lib.stride_tricks.sliding_window_view(np.pad(padded, N_FFT // 2, mode="reflect"), N_FFT)[::HOP]
     for start in range(0, frames, SLICE_FRAMES):
         part = slice(start, min(start + SLICE_FRAMES, frames))
-        mel[part] = _power(windows[part]) @ mel_filters(mel_bins)
+        mel[part] = _filtered(_power(windows[part]), mel_bins)
     return _compress(mel)
 
 
@@ -50,6 +50,16 @@ def _power(windows: NDArray[np.float32]) -> NDArray[np.float32]:
     """(frames, 400) -> (frames, 201) power spectrum."""
     spectrum = np.fft.rfft(windows * _hann(), axis=1)
     return (spectrum.real**2 + spectrum.imag**2).astype(np.float32)
+
+
+def _filtered(power: NDArray[np.float32], mel_bins: int) -> NDArray[np.float32]:
+    """(frames, 201) power -> (frames, mel_bins).
+
+    Most of a filter is zero, so only its band is summed. A matrix product would not be slower where the machine is
+    idle, but its threads wait for each other many times as long where it is not.
+    """
+    bins, weights, starts = _bands(mel_bins)
+    return np.asarray(np.add.reduceat(power[:, bins] * weights, starts, axis=1))
 
 
 def _compress(mel: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -75,6 +85,17 @@ def mel_filters(mel_bins: int) -> NDArray[np.float32]:
     low, centre, high = edges[:-2], edges[1:-1], edges[2:]
     triangles = np.minimum((bins - low) / (centre - low), (high - bins) / (high - centre))
     return np.asarray(np.maximum(triangles, 0.0) * (2.0 / (high - low)), dtype=np.float32)
+
+
+@cache
+def _bands(mel_bins: int) -> tuple[NDArray[np.intp], NDArray[np.float32], NDArray[np.intp]]:
+    """The filters' bands behind one another: their bins, the weights of these, and where each filter begins."""
+    filters = mel_filters(mel_bins)
+    # A filter that lies between two bins keeps one of weight zero, for `reduceat` sums no empty band.
+    bands = [np.flatnonzero(column) if column.any() else np.zeros(1, np.intp) for column in filters.T]
+    weights = [column[band] for column, band in zip(filters.T, bands, strict=True)]
+    starts = np.cumsum([0, *map(len, bands[:-1])])
+    return np.concatenate(bands), np.concatenate(weights), starts
 
 
 def _hz_to_mel(hz: float) -> float:
