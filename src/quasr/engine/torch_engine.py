@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING
 
@@ -13,9 +12,9 @@ import torch
 
 from quasr.audio.mel import log_mel
 from quasr.engine.base import ClipRequest, ClipResult, EngineInfo, EngineStats
+from quasr.engine.row import Row
 from quasr.errors import ModelError, ResourceError
 from quasr.model.decoder import KVCache
-from quasr.text.loops import LoopDetector
 from quasr.types import SAMPLE_RATE
 
 if TYPE_CHECKING:
@@ -25,42 +24,9 @@ if TYPE_CHECKING:
 
     from quasr.engine.device import Placement
     from quasr.model.asr import Qwen3ASR
-    from quasr.types import FinishReason
 
 DROP_AT = 4
 """Finished rows leave once they are a quarter of the batch: each departure copies the rest of the cache."""
-
-
-@dataclass(slots=True)
-class Row:
-    """One clip while it is decoded. `position` is how much of its cache is filled; `loops` None lets it loop."""
-
-    position: int
-    budget: int
-    tokens: list[int]
-    logprobs: list[float]
-    loops: LoopDetector | None = None
-    finish_reason: FinishReason | None = None
-
-    @classmethod
-    def of(cls, request: ClipRequest, length: int) -> Row:
-        """The row of a clip whose prompt is `length` positions long."""
-        return cls(length, request.max_new_tokens, [], [], LoopDetector() if request.stop_loops else None)
-
-    def take(self, token: int, logprob: float, stop_ids: frozenset[int]) -> None:
-        """Appends one token, or ends the row at a stop token, in a loop, or when the budget is used up."""
-        if token in stop_ids:
-            self.finish_reason = "stop"
-            return
-        self.tokens.append(token)
-        self.logprobs.append(logprob)
-        if self.loops and self.loops.found(self.tokens):
-            self.finish_reason = "loop"
-        elif len(self.tokens) >= self.budget:
-            self.finish_reason = "length"
-
-    def result(self) -> ClipResult:
-        return ClipResult(tuple(self.tokens), tuple(self.logprobs), self.finish_reason or "length")
 
 
 class TorchEngine:
