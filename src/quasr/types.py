@@ -12,6 +12,9 @@ FinishReason = Literal["stop", "length", "loop"]
 """Why decoding ended: the model said so, the token budget ran out, or the model repeated itself and was stopped."""
 
 
+RetryWeights = Literal["same", "16-bit", "quantised"]
+"""What a second try of a piece ran on: see `Notice`."""
+
 CHUNK_RULES = ("vad", "qwen", "none")
 """The values of `TranscribeOptions.chunk`."""
 
@@ -30,11 +33,14 @@ class Word:
 class Notice:
     """A machine-readable warning about a result; `start` and `end` in seconds where it concerns a part.
 
-    Codes about the audio: "damaged_audio" (it could be read in part), "energy_vad" (cut without Silero). Codes of the
+    Codes about the audio: "damaged_audio" (it could be read in part), "energy_vad" (cut without Silero), "memory_cut"
+    (by the official rule, but into the shorter pieces that a memory plan allows). Codes of the
     guards about one piece: "repetition" (the model repeated itself; one copy is kept), "token_budget" (it stopped at
     its budget), "empty_on_speech" (no text where somebody speaks), "context_echo" (only words of the context where
     nobody does, or by a bad guess), "language_flip" (another language than nearly all other pieces of the file).
     `retry_helped`: whether a second try of the piece was kept and is free of the fault; None where there was none.
+    `retry_weights`: what that try ran on: "same" as the first; "16-bit" where the first's were quantised;
+    "quantised" where 16 bits were not to be had, for the reason that the message gives.
     """
 
     code: str
@@ -42,6 +48,7 @@ class Notice:
     start: float | None = None
     end: float | None = None
     retry_helped: bool | None = None
+    retry_weights: RetryWeights | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, cast
 
@@ -13,8 +14,10 @@ import pytest
 from quasr.audio.chunk import Piece
 from quasr.audio.fetch import FetchLimits
 from quasr.engine.base import ClipRequest, ClipResult, EngineInfo, EngineStats
+from quasr.errors import QuasrError, ResourceError
 from quasr.pipeline import guard
 from quasr.pipeline.guard import Case, majority_language, read_result, recut, speaks
+from quasr.pipeline.retry import Retry
 from quasr.pipeline.transcribe import Setup, stream_segments, transcribe
 from quasr.text.loops import LoopDetector
 from quasr.text.prompt import build_prompt
@@ -339,3 +342,81 @@ def test_a_head_that_breaks_off_is_no_text(raw: str) -> None:
     result = ClipResult(tuple(map(ord, raw)), (-0.1,) * len(raw), "stop")
     assert read_result(LETTERS, Piece(0.0, noise(1.0)), result, None).text == ""
     assert read_result(LETTERS, Piece(0.0, noise(1.0)), result, "English").text == raw
+
+
+class Loads:
+    """Makes engines of second tries, each with the lines that are left, and remembers them."""
+
+    def __init__(self, *lines: str, error: QuasrError | None = None) -> None:
+        self.lines = list(lines)
+        self.error = error
+        self.made: list[Actor] = []
+
+    def __call__(self) -> Actor:
+        if self.error:
+            raise self.error
+        self.made.append(Actor(*self.lines))
+        return self.made[-1]
+
+
+def run_beside(retry: Retry, engine: Actor, samples: NDArray[np.float32], **options: object) -> Transcript:
+    (result,) = transcribe(engine, replace(setup(**options), retry=retry), [(samples, RATE)])  # type: ignore[arg-type]
+    assert isinstance(result, Transcript)
+    assert engine.lines == []
+    return result
+
+
+def test_a_quantised_engine_s_second_tries_are_in_16_bits_and_it_is_loaded_once() -> None:
+    loads = Loads(english("One."), english("And."), english("Two."), english("Too."))
+    engine = Actor(LOOP, english("Good."), LOOP, english("Bye."))
+    result = run_beside(Retry("16-bit", make=loads), engine, paced(4), piece_seconds=5.0, batch_size=1)
+    assert result.text == "One. And. Good. Two. Too. Bye."
+    assert [(notice.code, notice.retry_weights) for notice in result.warnings] == [("repetition", "16-bit")] * 2
+    assert result.warnings[0].message.endswith("a second try in 16 bits cured it")
+    (second,) = loads.made
+    assert [len(batch) for batch in second.batches] == [2, 2]
+    assert second.lines == []
+    # Four first tries and two second ones, a second each.
+    assert result.timings.generate == pytest.approx(6.0)
+
+
+def test_the_16_bit_engine_is_closed_with_its_call_and_not_made_for_nothing() -> None:
+    loads = Loads(english("One."), english("And."), "left over")
+    run_beside(Retry("16-bit", make=loads), Actor(english("Good.")), noise(8.0))
+    assert loads.made == []
+    run_beside(Retry("16-bit", make=loads), Actor(LOOP), noise(8.0))
+    assert [engine.lines for engine in loads.made] == [[]]
+
+
+def test_lazy_segments_that_nobody_asks_on_for_close_it_too() -> None:
+    loads = Loads(english("One."), english("And."), "left over")
+    chosen = replace(setup(), retry=Retry("16-bit", make=loads))
+    segments = stream_segments(Actor(LOOP), chosen, (noise(8.0), RATE))
+    assert next(segments).text == "One."
+    assert len(loads.made[0].lines) == 1
+    segments.close()  # type: ignore[attr-defined]
+    assert loads.made[0].lines == []
+
+
+def test_without_16_bits_at_hand_the_second_try_says_that_it_was_quantised() -> None:
+    engine = Actor(LOOP, english("One."), english("And."))
+    result = run_beside(Retry("quantised", "a memory limit is set"), engine, noise(8.0))
+    (notice,) = result.warnings
+    assert (notice.retry_helped, notice.retry_weights) == (True, "quantised")
+    assert notice.message.endswith("a second try (still quantised: a memory limit is set) cured it")
+
+
+def test_16_bits_that_cannot_be_loaded_are_tried_once_and_told(caplog: pytest.LogCaptureFixture) -> None:
+    loads = Loads(error=ResourceError("main memory is full"))
+    engine = Actor(LOOP, english("One."), english("And."), LOOP, english("Two."), english("Too."), "")
+    result = run_beside(Retry("16-bit", make=loads), engine, paced(3), piece_seconds=5.0, batch_size=1)
+    assert result.text == "One. And. Two. Too."
+    assert [notice.retry_weights for notice in result.warnings] == ["quantised", "quantised"]
+    assert "main memory is full" in result.warnings[1].message
+    assert len(caplog.records) == 1
+
+
+def test_plain_weights_are_tried_again_with_themselves() -> None:
+    result, _ = run(Actor(LOOP, english("One."), english("And.")), noise(8.0))
+    assert [notice.retry_weights for notice in result.warnings] == ["same"]
+    assert run(Actor(english("There is more.")), noise(4.0), max_new_tokens=20)[1][0].retry_weights is None

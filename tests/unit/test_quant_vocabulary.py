@@ -19,7 +19,7 @@ from quasr.audio.mel import log_mel
 from quasr.errors import CheckpointError, OptionError, UnknownLanguageError
 from quasr.model.config import read_config
 from quasr.model.decoder import KVCache
-from quasr.pipeline.transcriber import stop_ids
+from quasr.pipeline.engines import stop_ids
 from quasr.quant.apply import quantise
 from quasr.quant.recipe import NO_RECIPE, recipe_for
 from quasr.quant.store import save_quantised

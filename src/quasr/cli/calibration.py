@@ -62,7 +62,7 @@ class Calibration:
         self, model: Qwen3ASR, tokenizer: Any, clips: Sequence[NDArray[np.float32]], placement: Placement
     ) -> list[tuple[int, ...]]:
         from quasr.engine.torch_engine import TorchEngine
-        from quasr.pipeline.transcriber import stop_ids
+        from quasr.pipeline.engines import stop_ids
         from quasr.quant.prompts import transcribe
 
         path = self.work / ANSWERS_FILE

@@ -16,6 +16,7 @@ import numpy as np
 
 from quasr.audio.chunk import Piece, cut_position
 from quasr.audio.vad import WINDOW_SECONDS, detector
+from quasr.pipeline.retry import SAME_WEIGHTS
 from quasr.text.loops import loop_length
 from quasr.text.parse import Parsed, parse_output
 from quasr.text.repetition import fix_repetition
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from quasr.engine.base import ClipResult
+    from quasr.pipeline.retry import Retry
     from quasr.text.tokenizer import Tokenizer
     from quasr.types import FinishReason, Segment
 
@@ -214,12 +216,20 @@ def speaks(samples: NDArray[np.float32]) -> bool:
     return int(np.count_nonzero(probability >= CONFIDENT)) * WINDOW_SECONDS >= CONFIDENT_SECONDS
 
 
-def warning(code: str, piece: Piece | Segment, helped: bool | None = None, budget: int | None = None) -> Notice:
+def warning(
+    code: str,
+    piece: Piece | Segment,
+    helped: bool | None = None,
+    budget: int | None = None,
+    retry: Retry = SAME_WEIGHTS,
+) -> Notice:
     """The notice about a fault; `helped` None where there was no second try, `budget` in tokens."""
-    fault = _FAULTS[code].format(budget=budget)
-    outcome = {None: "check the text there", True: "a second try cured it", False: "a second try did no better"}
-    message = f"from {piece.start:.1f} to {piece.end:.1f} s {fault}: {outcome[helped]}"
-    return Notice(code, message, piece.start, piece.end, helped)
+    where = f"from {piece.start:.1f} to {piece.end:.1f} s {_FAULTS[code].format(budget=budget)}"
+    if helped is None:
+        return Notice(code, f"{where}: check the text there", piece.start, piece.end)
+    manner = {"same": "", "16-bit": " in 16 bits", "quantised": f" (still quantised: {retry.reason})"}[retry.weights]
+    outcome = "cured it" if helped else "did no better"
+    return Notice(code, f"{where}: a second try{manner} {outcome}", piece.start, piece.end, helped, retry.weights)
 
 
 def late_flips(segments: Sequence[Segment], notices: Iterable[Notice]) -> list[Notice]:

@@ -35,7 +35,7 @@ def plan_folder(folder: Path, config: ModelConfig, precision: Precision, wish: W
     """
     device = cast("Literal['cpu', 'cuda']", precision.device)
     found = candidates(device, precision.dtype, precision.compute_type, precision.threshold)
-    stored = _stored_recipe(folder)
+    stored = stored_recipe(folder)
     if stored is not None:
         if precision.compute_type not in ("auto", stored.name):
             raise OptionError(f"{folder} is already quantised as {stored.name}: leave the compute type at auto")
@@ -43,7 +43,7 @@ def plan_folder(folder: Path, config: ModelConfig, precision: Precision, wish: W
     return plan(config, found, wish)
 
 
-def _stored_recipe(folder: Path) -> Recipe | None:
+def stored_recipe(folder: Path) -> Recipe | None:
     """The recipe of a quantised folder; None for 16-bit weights, which need no torch to be planned for."""
     saved = (folder / METADATA_FILE).is_file()
     if not saved and "quantization_config" not in read_json(folder / "config.json"):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from quasr.audio.chunk import OFFICIAL_SECONDS, pieces, speech_pieces
+from quasr.audio.chunk import OFFICIAL_SECONDS, SEARCH_SECONDS, pieces, speech_pieces
 from quasr.audio.decode import log_notice, stream
 from quasr.audio.plan import PlanOptions
 from quasr.audio.source import name_of
@@ -33,6 +33,7 @@ from quasr.pipeline.guard import (
     remedy,
     warning,
 )
+from quasr.pipeline.retry import SAME_WEIGHTS, Engines, Retry
 from quasr.text.languages import separator
 from quasr.text.prompt import build_prompt
 from quasr.types import SAMPLE_RATE, Notice, Segment, Timings, Transcript
@@ -57,13 +58,18 @@ Progress = Callable[[float], None]
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What all inputs of one call share. `language` is the forced language's name, or None."""
+    """What all inputs of one call share. `language` is the forced language's name, or None.
+
+    No piece may be longer than `longest` seconds: the model's limit, or what a memory plan allows.
+    """
 
     tokenizer: Tokenizer
     prompt: Prompt
     language: str | None
     options: TranscribeOptions
     limits: FetchLimits
+    retry: Retry = SAME_WEIGHTS
+    longest: float = OFFICIAL_SECONDS
 
 
 @dataclass(slots=True)
@@ -108,8 +114,9 @@ def transcribe(
 ) -> Iterator[Transcript | AudioError]:
     """A transcript for each source, in order; an input that fails gives its error and does not stop the others."""
     jobs: deque[Job] = deque()
-    for _ in _batches(engine, setup, _read_all(setup, sources, jobs), progress):
-        yield from _finished(setup, jobs)
+    with Engines(engine, setup.retry) as engines:
+        for _ in _batches(engines, setup, _read_all(setup, sources, jobs), progress):
+            yield from _finished(setup, jobs)
     yield from _finished(setup, jobs)
 
 
@@ -122,13 +129,14 @@ def stream_segments(
     """
     jobs: deque[Job] = deque()
     seen = given = 0
-    for _ in _batches(engine, setup, _read_all(setup, [source], jobs), progress):
-        found = jobs[0].segments[seen:]
-        seen += len(found)
-        for segment in found:
-            if segment.text:
-                yield replace(segment, id=given)
-                given += 1
+    with Engines(engine, setup.retry) as engines:
+        for _ in _batches(engines, setup, _read_all(setup, [source], jobs), progress):
+            found = jobs[0].segments[seen:]
+            seen += len(found)
+            for segment in found:
+                if segment.text:
+                    yield replace(segment, id=given)
+                    given += 1
     _judge_whole(setup, jobs[0])
     for notice in jobs[0].notices:
         log_notice(notice)
@@ -136,11 +144,11 @@ def stream_segments(
         raise jobs[0].error
 
 
-def _batches(engine: Engine, setup: Setup, tasks: Iterator[Task], progress: Progress | None) -> Iterator[None]:
+def _batches(engines: Engines, setup: Setup, tasks: Iterator[Task], progress: Progress | None) -> Iterator[None]:
     """Decodes `tasks` a batch at a time, and stops after each to have its results looked at."""
     seconds = 0.0
     while batch := tuple(islice(tasks, setup.options.batch_size)):
-        _decode(engine, setup, batch)
+        _decode(engines, setup, batch)
         seconds += sum(task.seconds for task in batch)
         if progress:
             progress(seconds)
@@ -161,7 +169,7 @@ def _read_all(setup: Setup, sources: Iterable[AudioInput], jobs: deque[Job]) -> 
 def _read(setup: Setup, job: Job) -> Iterator[Task]:
     started = time.perf_counter()
     blocks = _counted(stream(job.source, setup.limits, on_warning=job.notices.append), job)
-    for piece in cut(blocks, setup.options, job):
+    for piece in cut(blocks, setup.options, job, setup.longest):
         task = _task(setup, job, piece, setup.prompt)
         job.spend(decode=time.perf_counter() - started)
         job.waiting += 1
@@ -176,13 +184,15 @@ def _counted(blocks: Iterator[NDArray[np.float32]], job: Job) -> Iterator[NDArra
         yield block
 
 
-def cut(blocks: Iterator[NDArray[np.float32]], options: TranscribeOptions, job: Job) -> Iterator[Piece]:
+def cut(
+    blocks: Iterator[NDArray[np.float32]], options: TranscribeOptions, job: Job, longest: float = OFFICIAL_SECONDS
+) -> Iterator[Piece]:
     """Pieces of a stream at 16 kHz, by `options.chunk`. What fits into one piece stays whole, unless it is mostly
     silence."""
     if options.chunk == "qwen":
-        return pieces(blocks, OFFICIAL_SECONDS)
+        return _official(blocks, job, longest)
     if options.chunk == "none":
-        return _uncut(blocks, job)
+        return _uncut(blocks, job, longest)
     head, more = _head(blocks, options.piece_seconds)
     if not more and not mostly_silent(np.concatenate(head)):
         return pieces(head, options.piece_seconds, search_seconds=0.0)
@@ -192,8 +202,26 @@ def cut(blocks: Iterator[NDArray[np.float32]], options: TranscribeOptions, job: 
     return speech_pieces(chain(head, blocks), chosen, PlanOptions(longest=options.piece_seconds))
 
 
-def _uncut(blocks: Iterator[NDArray[np.float32]], job: Job) -> Iterator[Piece]:
-    head, more = _head(blocks, OFFICIAL_SECONDS)
+def _official(blocks: Iterator[NDArray[np.float32]], job: Job, longest: float) -> Iterator[Piece]:
+    """By the official rule. Under a memory plan its pieces are as long as that allows, the search included."""
+    if longest >= OFFICIAL_SECONDS:
+        return pieces(blocks, OFFICIAL_SECONDS)
+    head, more = _head(blocks, longest)
+    if not more:
+        return pieces(head, OFFICIAL_SECONDS)
+    search = min(SEARCH_SECONDS, longest / 3)
+    shorter = f"cut about every {longest - search:g} s and not every {OFFICIAL_SECONDS / 60:.0f} minutes"
+    job.notices.append(Notice("memory_cut", f"{shorter}: the memory plan allows pieces of {longest:g} s"))
+    return pieces(chain(head, blocks), longest - search, search)
+
+
+def _uncut(blocks: Iterator[NDArray[np.float32]], job: Job, longest: float) -> Iterator[Piece]:
+    head, more = _head(blocks, longest)
+    if more and longest < OFFICIAL_SECONDS:
+        raise AudioTooLargeError(
+            f"{name_of(job.source)} is longer than the {longest:g} s that the memory plan allows uncut: "
+            "choose chunk vad or qwen, or allow more memory"
+        )
     if more:
         raise AudioTooLargeError(
             f"{name_of(job.source)} is longer than the {OFFICIAL_SECONDS / 60:.0f} minutes that the model takes uncut: "
@@ -223,15 +251,15 @@ def _task(setup: Setup, job: Job, piece: Piece, prompt: Prompt) -> Task:
     return Task(job, piece, request)
 
 
-def _decode(engine: Engine, setup: Setup, batch: Sequence[Task]) -> None:
+def _decode(engines: Engines, setup: Setup, batch: Sequence[Task]) -> None:
     """Decodes one batch, tries its suspect pieces again, and adds the text to the jobs."""
-    parts = _run(engine, setup, batch, setup.language)
+    parts = _run(engines.first, setup, batch, setup.language)
     for index, (task, part) in enumerate(zip(batch, parts, strict=True)):
         task.job.waiting -= 1
         languages = Counter(segment.language for segment in task.job.segments if segment.text)
         mates = zip(batch[index + 1 :], parts[index + 1 :], strict=True)
         languages.update(later.language for mate, later in mates if mate.job is task.job and later.text)
-        _collect(task.job, _guarded(engine, setup, task, part, majority_language(languages)))
+        _collect(task.job, _guarded(engines, setup, task, part, majority_language(languages)))
 
 
 def _run(engine: Engine, setup: Setup, tasks: Sequence[Task], language: str | None) -> list[Part]:
@@ -251,7 +279,7 @@ def _run(engine: Engine, setup: Setup, tasks: Sequence[Task], language: str | No
     ]
 
 
-def _guarded(engine: Engine, setup: Setup, task: Task, part: Part, majority: str) -> Sequence[Part]:
+def _guarded(engines: Engines, setup: Setup, task: Task, part: Part, majority: str) -> Sequence[Part]:
     """The text of one piece, after a second try where the first is suspect. A budget that was asked for is none."""
     case = Case(task.piece, setup.options.context, setup.language, majority, setup.tokenizer)
     faults = case.faults([part]) if setup.options.guards else budget_fault([part])
@@ -259,9 +287,9 @@ def _guarded(engine: Engine, setup: Setup, task: Task, part: Part, majority: str
     verdict = Verdict((part,), dict.fromkeys(sorted(faults)))
     if setup.options.guards and faults - asked_for:
         again, pieces = remedy(case, faults)
-        verdict = compare(case, [part], again, _again(engine, setup, task, again, pieces))
-    budget = task.request.max_new_tokens
-    task.job.notices += [warning(code, task.piece, helped, budget) for code, helped in verdict.faults.items()]
+        verdict = compare(case, [part], again, _again(engines.second(), setup, task, again, pieces))
+    budget, retry = task.request.max_new_tokens, engines.retry
+    task.job.notices += [warning(code, task.piece, helped, budget, retry) for code, helped in verdict.faults.items()]
     return verdict.parts
 
 

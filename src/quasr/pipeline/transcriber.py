@@ -6,12 +6,15 @@ import math
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Self
 
+from quasr.audio.chunk import OFFICIAL_SECONDS
 from quasr.audio.fetch import FetchLimits
 from quasr.engine.device import DTYPES, choose
 from quasr.engine.plan import Wish, parse_memory
 from quasr.errors import AudioError, CheckpointError, OptionError
 from quasr.model.config import read_config
+from quasr.pipeline.engines import Source, second_tries, torch_engine
 from quasr.pipeline.planning import Precision, plan_folder
+from quasr.pipeline.retry import SAME_WEIGHTS
 from quasr.pipeline.transcribe import Setup, stream_segments, transcribe
 from quasr.quant.recipe import recipe_for
 from quasr.text.languages import LANGUAGES
@@ -29,10 +32,10 @@ if TYPE_CHECKING:
     from quasr.audio.source import AudioInput
     from quasr.engine.base import Engine, EngineInfo, EngineStats
     from quasr.engine.device import Placement
-    from quasr.engine.plan import Plan
+    from quasr.engine.plan import Plan, Work
     from quasr.model.config import ModelConfig
+    from quasr.pipeline.retry import Retry
     from quasr.pipeline.transcribe import Progress
-    from quasr.quant.recipe import Recipe
     from quasr.types import Segment
 
 
@@ -64,18 +67,18 @@ def load(
     folder = resolve_model(str(model), hub or HubOptions())
     config = read_config(folder)
     defaults = TranscribeOptions() if batch_size is None else TranscribeOptions(batch_size=batch_size)
+    planned = None
     if memory is not None:
         _check_planned_alone(offload)
         wish = Wish(parse_memory(memory), largest_batch=defaults.batch_size)
         precision = Precision(placement.device.type, _dtype(compute_type, dtype), compute_type, threshold)
         planned = plan_folder(folder, config, precision, wish)
-        best = planned.chosen
-        recipe, placement = best.candidate.recipe, _as_planned(placement, planned)
-        defaults = replace(defaults, piece_seconds=best.work.seconds, batch_size=best.work.batch)
-    tokenizer = Tokenizer.from_folder(folder)
-    check_vocabulary(config, tokenizer)
-    engine = _torch_engine(folder, config, tokenizer, placement, recipe, offload)
-    return Transcriber(engine, tokenizer, config, defaults)
+        recipe, placement = planned.chosen.candidate.recipe, _as_planned(placement, planned)
+    source = Source(folder, config, Tokenizer.from_folder(folder))
+    check_vocabulary(config, source.tokenizer)
+    engine = torch_engine(source, placement, recipe, offload)
+    retry = second_tries(source, placement, recipe, planned=planned is not None)
+    return Transcriber(engine, source.tokenizer, config, defaults, retry, planned.chosen.work if planned else None)
 
 
 class Transcriber:
@@ -86,10 +89,20 @@ class Transcriber:
     """
 
     def __init__(
-        self, engine: Engine, tokenizer: Tokenizer, config: ModelConfig, defaults: TranscribeOptions | None = None
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        config: ModelConfig,
+        defaults: TranscribeOptions | None = None,
+        retry: Retry = SAME_WEIGHTS,
+        most: Work | None = None,
     ) -> None:
-        self.defaults = defaults or TranscribeOptions()
+        """`retry`: what second tries run on. `most`: what a memory plan allows at once; the defaults keep to it."""
+        chosen = defaults or TranscribeOptions()
+        self.defaults = replace(chosen, piece_seconds=most.seconds, batch_size=most.batch) if most else chosen
         self._engine = engine
+        self._retry = retry
+        self._most = most
         self._tokenizer = tokenizer
         self._config = config
 
@@ -100,7 +113,7 @@ class Transcriber:
 
     @property
     def stats(self) -> EngineStats:
-        """Seconds and tokens of all that was transcribed."""
+        """Seconds and tokens of this engine. Second tries in 16 bits are in the transcripts' timings alone."""
         return self._engine.stats
 
     @property
@@ -157,7 +170,7 @@ class Transcriber:
     def _setup(
         self, options: TranscribeOptions | None, overrides: dict[str, object], limits: FetchLimits | None
     ) -> Setup:
-        chosen = _checked(options or self.defaults, overrides)
+        chosen = _checked(options or self.defaults, overrides, self._most)
         known = self._config.languages
         language = None if chosen.language is None else resolve_language(chosen.language, known)
         return Setup(
@@ -166,6 +179,8 @@ class Transcriber:
             language=language,
             options=chosen,
             limits=limits or FetchLimits(),
+            retry=self._retry,
+            longest=self._most.seconds if self._most else OFFICIAL_SECONDS,
         )
 
     def close(self) -> None:
@@ -177,11 +192,6 @@ class Transcriber:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def stop_ids(config: ModelConfig, tokenizer: Tokenizer) -> frozenset[int]:
-    """Tokens that end a transcript: those the checkpoint states, `<|im_end|>` and `<|endoftext|>`."""
-    return frozenset({*config.eos_token_ids, tokenizer.special.im_end, tokenizer.special.endoftext})
 
 
 def check_vocabulary(config: ModelConfig, tokenizer: Tokenizer) -> None:
@@ -218,37 +228,7 @@ def _as_planned(placement: Placement, planned: Plan) -> Placement:
     return replace(chosen, reasons=(*placement.reasons, planned.why()))
 
 
-def _torch_engine(
-    folder: Path, config: ModelConfig, tokenizer: Tokenizer, placement: Placement, recipe: Recipe, offload: int
-) -> Engine:
-    # Here and not above, so that `from quasr import Transcriber` costs no torch.
-    from quasr.engine.torch_engine import TorchEngine
-    from quasr.quant.store import load_network
-
-    if offload:
-        return _offloaded_engine(folder, config, tokenizer, placement, recipe, offload)
-    network, scheme = load_network(folder, config, recipe, placement.dtype, placement.device)
-    return TorchEngine(network, stop_ids(config, tokenizer), placement, scheme)
-
-
-def _offloaded_engine(
-    folder: Path, config: ModelConfig, tokenizer: Tokenizer, placement: Placement, recipe: Recipe, count: int
-) -> Engine:
-    import torch
-
-    from quasr.engine.offload import check_offload, offload
-    from quasr.engine.torch_engine import TorchEngine
-    from quasr.quant.store import load_network
-
-    check_offload(count, config.text.layers)
-    network, scheme = load_network(folder, config, recipe, placement.dtype, torch.device("cpu"))
-    offload(network, count, placement.device)
-    slower = f"{count} of {config.text.layers} decoder layers stay in main memory: slower"
-    where = replace(placement, reasons=(*placement.reasons, slower))
-    return TorchEngine(network, stop_ids(config, tokenizer), where, scheme)
-
-
-def _checked(options: TranscribeOptions, overrides: dict[str, object]) -> TranscribeOptions:
+def _checked(options: TranscribeOptions, overrides: dict[str, object], most: Work | None) -> TranscribeOptions:
     known = [field.name for field in fields(TranscribeOptions)]
     for name in overrides:
         if name not in known:
@@ -262,4 +242,9 @@ def _checked(options: TranscribeOptions, overrides: dict[str, object]) -> Transc
         raise OptionError(f"max_new_tokens is {chosen.max_new_tokens}: it must be at least 1")
     if chosen.chunk not in CHUNK_RULES:
         raise OptionError(f"chunk is {chosen.chunk!r}: use {', '.join(CHUNK_RULES)}")
+    if most and (chosen.piece_seconds > most.seconds or chosen.batch_size > most.batch):
+        raise OptionError(
+            f"pieces of {chosen.piece_seconds:g} s in batches of {chosen.batch_size} are beyond the memory plan, which "
+            f"allows {most.seconds:g} s and {most.batch}: change single options of the transcriber's `defaults`"
+        )
     return chosen
