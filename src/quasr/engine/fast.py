@@ -1,0 +1,277 @@
+"""The decoder without modules: fused matrices, kernels from a table, everything of a step on the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate, chain
+from typing import TYPE_CHECKING, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from quasr.errors import OptionError
+from quasr.kernels.matrix import Heads, Matrix, Norm
+from quasr.kernels.state import CachePool, DecodeState, Places
+from quasr.quant.embedding import Int8Embedding
+from quasr.quant.linear import Int4Linear, Int8Linear
+from quasr.weights.load import assign
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from quasr.kernels.dispatch import Kernels
+    from quasr.model.config import TextConfig
+    from quasr.model.decoder import Decoder, DecoderLayer, RMSNorm
+
+QUANTISED = (Int8Linear, Int4Linear)
+
+
+@dataclass(frozen=True, slots=True)
+class FastLayer:
+    """One decoder layer. `qkv` and `gate_up` are several matrices, one below the other."""
+
+    input_norm: Norm
+    qkv: Matrix
+    heads: Heads
+    output: Matrix
+    inner_norm: Norm
+    gate_up: Matrix
+    down: Matrix
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """What `FastDecoder.verify` found. tokens, logprobs: (rows, drafted), the likeliest after each given token;
+    accepted: (rows,) how many of the given tokens were right, and are now decoded."""
+
+    tokens: Tensor
+    logprobs: Tensor
+    accepted: Tensor
+
+
+class FastDecoder:
+    """Greedy decoding of many rows. The residual stream is fp32, products are in the weights' dtype."""
+
+    def __init__(self, layers: Sequence[FastLayer], norm: Norm, table: Matrix, head: Matrix, kernels: Kernels) -> None:
+        self.layers = tuple(layers)
+        self.norm = norm
+        self.table = table
+        self.head = head
+        self.kernels = kernels
+
+    @classmethod
+    def from_model(cls, decoder: Decoder, kernels: Kernels) -> FastDecoder:
+        """Shares the memory of the network's weights: q, k, v and gate, up become views of one matrix each.
+
+        The network goes on working. Raises OptionError, in one line, for layers that cannot run here (see `refusal`).
+        """
+        reason = refusal(decoder)
+        if reason:
+            raise OptionError(reason)
+        layers = [_fast_layer(layer, decoder.config) for layer in cast("Iterable[DecoderLayer]", decoder.layers)]
+        table = _matrix(decoder.embed_tokens)
+        head = table if decoder.lm_head is None else _matrix(decoder.lm_head)
+        return cls(layers, _norm(decoder.norm), table, head, kernels)
+
+    def allocate_cache(self, positions: int) -> CachePool:
+        """A pool for all rows together."""
+        heads = self.layers[0].heads
+        shape = (len(self.layers), heads.kv_count, positions, heads.size)
+        return CachePool.allocate(shape, self.norm.weight.dtype, self.norm.weight.device)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """(n,) ids -> (n, hidden) fp32."""
+        return self.kernels.embed(tokens, self.table)
+
+    def choose(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Hidden states (rows, hidden) -> the likeliest tokens (rows,) and their log-probabilities."""
+        return self.kernels.choose(hidden, self.norm, self.head)
+
+    def prefill(self, embeddings: Tensor, lengths: Sequence[int], offsets: Sequence[int], cache: CachePool) -> Tensor:
+        """Fills the cache with whole prompts; hidden states (prompts, hidden) fp32 of their last positions.
+
+        embeddings: (sum of lengths, hidden), prompt after prompt; offsets: where each prompt's row begins in the pool.
+        """
+        packed = _Packed.of(lengths, offsets, embeddings.device)
+        x = embeddings.to(torch.float32, copy=True)
+        for index, layer in enumerate(self.layers):
+            keys, values = cache.layer(index)
+            qkv = self.kernels.linear(x, layer.qkv, layer.input_norm)
+            q = self.kernels.rotate_write(qkv, keys, values, packed.places, layer.heads)
+            self._finish_layer(x, packed.attend(q, qkv, (keys, values), layer.heads), layer)
+        return x[packed.last]
+
+    def step(self, state: DecodeState, cache: CachePool) -> None:
+        """One more token for every row that is not finished; `state` and `cache` change in place.
+
+        Nothing is read on the host where `kernels.capturable`, so a CUDA graph of it feeds itself.
+        """
+        x = self._forward(state.tokens, state.places, cache, fused=True)
+        self.kernels.advance(state, *self.choose(x))
+
+    def verify(self, state: DecodeState, drafts: Tensor, cache: CachePool) -> Draft:
+        """Feeds the newest token and `drafts` (rows, n) at once, and keeps what greedy decoding would have written.
+
+        Of a draft its longest right beginning is kept, and the token that follows it: 1 to n + 1 tokens a row. The
+        cache beyond that holds positions of wrong tokens, which are overwritten before they are seen.
+        """
+        rows, count = drafts.shape[0], drafts.shape[1] + 1
+        given = torch.cat([state.tokens[:, None], drafts], dim=1)
+        x = self._forward(given.flatten(), _draft_places(state, count), cache, fused=False)
+        best, logprobs = (found.view(rows, count) for found in self.choose(x))
+        before = state.cursor.clone()
+        right = torch.ones(rows, dtype=torch.bool, device=drafts.device)
+        for place in range(count):
+            # Rows whose draft has ended are as good as finished until all have had their turn.
+            waiting = ~right & ~state.finished
+            state.finished.logical_or_(waiting)
+            self.kernels.advance(state, best[:, place].contiguous(), logprobs[:, place].contiguous())
+            state.finished.logical_and_(~waiting)
+            if place < drafts.shape[1]:
+                right &= best[:, place] == drafts[:, place]
+        return Draft(best, logprobs, state.cursor - before)
+
+    def _forward(self, tokens: Tensor, places: Places, cache: CachePool, *, fused: bool) -> Tensor:
+        """One token for each of `places` -> hidden states (m, hidden) fp32."""
+        x = self.embed(tokens)
+        for index, layer in enumerate(self.layers):
+            keys, values = cache.layer(index)
+            qkv = self.kernels.linear(x, layer.qkv, layer.input_norm)
+            if fused:
+                mixed = self.kernels.attend_step(qkv, keys, values, places, layer.heads)
+            else:
+                q = self.kernels.rotate_write(qkv, keys, values, places, layer.heads)
+                mixed = self.kernels.attend(q, keys, values, places, layer.heads)
+            self._finish_layer(x, mixed, layer)
+        return x
+
+    def _finish_layer(self, x: Tensor, mixed: Tensor, layer: FastLayer) -> None:
+        """Adds attention's output and the MLP to the residual x (m, hidden), in place."""
+        self.kernels.add_linear(mixed, layer.output, x)
+        inner = self.kernels.gated_linear(x, layer.gate_up, layer.inner_norm)
+        self.kernels.add_linear(inner, layer.down, x)
+
+
+@dataclass(frozen=True, slots=True)
+class _Packed:
+    """Prompts one after the other. `table` (prompts, longest): each prompt's rows, its last one repeated to the end."""
+
+    places: Places
+    table: Tensor
+    inside: Tensor
+    last: Tensor
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], offsets: Sequence[int], device: torch.device) -> _Packed:
+        counts = torch.tensor(lengths)
+        ends = torch.tensor(list(accumulate(lengths)))
+        steps = torch.arange(int(counts.max()))
+        inside = steps < counts[:, None]
+        table = torch.minimum((ends - counts)[:, None] + steps, ends[:, None] - 1)
+        positions = steps.expand_as(inside)[inside]
+        begins = torch.tensor(offsets).repeat_interleave(counts)
+        idle = torch.zeros(len(positions), dtype=torch.bool)
+        places = Places(begins.to(device), positions.to(device), idle.to(device))
+        return cls(places, table.to(device), inside.to(device), (ends - 1).to(device))
+
+    def attend(self, q: Tensor, qkv: Tensor, layer: tuple[Tensor, Tensor], heads: Heads) -> Tensor:
+        """Causal attention inside each prompt: (total, query_width) of the same shape. Padding stands at the end."""
+        where = self.places.offsets + self.places.lengths
+        k, v = (cache[:, where[self.table]].transpose(0, 1) for cache in layer)
+        padded = q.unflatten(-1, (heads.count, -1))[self.table].transpose(1, 2)
+        y = F.scaled_dot_product_attention(padded, k, v, is_causal=True, enable_gqa=True)
+        return y.transpose(1, 2)[self.inside].flatten(1)
+
+
+def _draft_places(state: DecodeState, count: int) -> Places:
+    """`count` neighbouring places for each row; those beyond the row's budget are idle."""
+    steps = torch.arange(count, device=state.tokens.device)
+    beyond = steps >= (state.limits - state.cursor)[:, None]
+    return Places(
+        state.offsets.repeat_interleave(count),
+        (state.lengths[:, None] + steps).flatten(),
+        (state.finished[:, None] | beyond).flatten(),
+    )
+
+
+def refusal(decoder: Decoder) -> str | None:
+    """Why the fast decoder cannot run these layers, in one line, or None where it can."""
+    if len({weight.device for weight in chain(decoder.parameters(), decoder.buffers())}) > 1:
+        return "the fast decoder needs all layers on one device"
+    for index, layer in enumerate(cast("Iterable[DecoderLayer]", decoder.layers)):
+        attention, mlp = layer.self_attn, layer.mlp
+        groups: list[tuple[nn.Module, ...]] = [
+            (attention.q_proj, attention.k_proj, attention.v_proj),
+            (mlp.gate_proj, mlp.up_proj),
+            (attention.o_proj,),
+            (mlp.down_proj,),
+        ]
+        for group in groups:
+            reason = _why_not(group)
+            if reason:
+                return f"the fast decoder cannot run layer {index}: {reason}"
+    head = decoder.lm_head
+    return _why_not((head,)) if head is not None else None
+
+
+def _why_not(group: Sequence[nn.Module]) -> str | None:
+    for module in group:
+        if type(module) not in (nn.Linear, *QUANTISED):
+            return f"it has no kernel for {type(module).__name__}"
+        if module.bias is not None:
+            return "its kernels add no bias"
+    first, *others = (_matrix(module) for module in group)
+    if any((other.bits, other.group, other.columns) != (first.bits, first.group, first.columns) for other in others):
+        return "matrices that are to be fused have different schemes"
+    return None
+
+
+def _matrix(module: nn.Module) -> Matrix:
+    """The weights of a linear or an embedding, in the same memory."""
+    if isinstance(module, (*QUANTISED, Int8Embedding)):
+        return Matrix(module.weight, module.scale)
+    return Matrix(cast("Tensor", module.weight).detach())
+
+
+def _fused(modules: Sequence[nn.Module]) -> Matrix:
+    """One matrix of several; the modules' own weights become views of it, so nothing is held twice."""
+    parts = [_matrix(module) for module in modules]
+    weight = torch.cat([part.weight for part in parts])
+    scales = [part.scale for part in parts if part.scale is not None]
+    scale = torch.cat(scales) if scales else None
+    sizes = [part.rows for part in parts]
+    _share(modules, "weight", weight, sizes)
+    if scale is not None:
+        _share(modules, "scale", scale, sizes)
+    return Matrix(weight, scale)
+
+
+def _share(modules: Sequence[nn.Module], name: str, fused: Tensor, sizes: Sequence[int]) -> None:
+    for module, part in zip(modules, fused.split(list(sizes)), strict=True):
+        assign(module, name, part)
+
+
+def _norm(module: RMSNorm) -> Norm:
+    return Norm(module.weight.detach(), module.eps)
+
+
+def _fast_layer(layer: DecoderLayer, config: TextConfig) -> FastLayer:
+    attention, mlp = layer.self_attn, layer.mlp
+    return FastLayer(
+        input_norm=_norm(layer.input_layernorm),
+        qkv=_fused((attention.q_proj, attention.k_proj, attention.v_proj)),
+        heads=_heads(layer, config),
+        output=_matrix(attention.o_proj),
+        inner_norm=_norm(layer.post_attention_layernorm),
+        gate_up=_fused((mlp.gate_proj, mlp.up_proj)),
+        down=_matrix(mlp.down_proj),
+    )
+
+
+def _heads(layer: DecoderLayer, config: TextConfig) -> Heads:
+    q_norm, k_norm = _norm(layer.self_attn.q_norm), _norm(layer.self_attn.k_norm)
+    steps = torch.arange(0, config.head_dim, 2, device=q_norm.weight.device)
+    # As a quotient, as `rope_angles` computes it.
+    rates = 1.0 / config.rope_theta ** (steps.float() / config.head_dim)
+    return Heads(config.heads, config.kv_heads, config.head_dim, q_norm, k_norm, rates)

@@ -1,0 +1,92 @@
+"""One table: which implementation of each operation runs here, and why."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Protocol
+
+from quasr.errors import OptionError
+from quasr.kernels import reference
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import torch
+    from torch import Tensor
+
+    from quasr.kernels.matrix import Heads, Matrix, Norm
+    from quasr.kernels.state import DecodeState, Places
+
+VARIABLE = "QUASR_KERNELS"
+"""The environment variable that forces the plain kernels with `reference`; `auto` is the default."""
+
+
+class Linear(Protocol):
+    def __call__(self, x: Tensor, matrix: Matrix, norm: Norm | None = None) -> Tensor: ...
+
+
+class Attention(Protocol):
+    def __call__(self, x: Tensor, keys: Tensor, values: Tensor, places: Places, heads: Heads) -> Tensor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Kernels:
+    """The operations, as `quasr.kernels.reference` specifies them. `name` says whose, `reason` why.
+
+    `capturable`: whether steps made of them can be captured in a CUDA graph.
+    """
+
+    name: str
+    reason: str
+    capturable: bool
+    linear: Linear
+    add_linear: Callable[[Tensor, Matrix, Tensor], None]
+    gated_linear: Callable[[Tensor, Matrix, Norm], Tensor]
+    embed: Callable[[Tensor, Matrix], Tensor]
+    rotate_write: Attention
+    attend: Attention
+    attend_step: Attention
+    choose: Callable[[Tensor, Norm, Matrix], tuple[Tensor, Tensor]]
+    advance: Callable[[DecodeState, Tensor, Tensor], None]
+
+    def lines(self) -> list[str]:
+        """One line for each operation: where it is implemented and why."""
+        return [f"{name}: {function.__module__}, {self.reason}" for name, function in self.operations().items()]
+
+    def operations(self) -> dict[str, Callable[..., object]]:
+        """The table."""
+        return {name: getattr(self, name) for name in OPERATIONS}
+
+
+OPERATIONS = (
+    "linear",
+    "add_linear",
+    "gated_linear",
+    "embed",
+    "rotate_write",
+    "attend",
+    "attend_step",
+    "choose",
+    "advance",
+)
+
+
+def plain(reason: str) -> Kernels:
+    """The reference for every operation."""
+    return Kernels("reference", reason, False, **{name: getattr(reference, name) for name in OPERATIONS})
+
+
+@cache
+def choose(device: torch.device, dtype: torch.dtype) -> Kernels:
+    """What runs on `device` with weights (or scales) of `dtype`; picked once for each.
+
+    Raises OptionError where the environment variable QUASR_KERNELS is neither `auto` nor `reference`.
+    """
+    wish = os.environ.get(VARIABLE, "auto")
+    if wish not in ("auto", "reference"):
+        raise OptionError(f"{VARIABLE} is {wish!r}: use auto or reference")
+    if wish == "reference":
+        return plain(f"{VARIABLE}=reference asks for it")
+    return plain(f"Triton kernels need a CUDA device, and this is {device.type}")
