@@ -120,44 +120,51 @@ class _Windows:
         return level, self._floor.excess(20 * np.log10(np.maximum(level, 1e-6)))
 
 
-class SileroDetector:
+class _WindowDetector:
+    """What both detectors do: window by window, whatever the blocks."""
+
+    name = ""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        self._windows = _Windows()
+
+    def feed(self, samples: NDArray[np.float32]) -> Activity:
+        return self._judge(self._windows.take(samples))
+
+    def finish(self) -> Activity:
+        return self._judge(self._windows.last())
+
+    def _judge(self, windows: NDArray[np.float32]) -> Activity:
+        level, excess = self._windows.measure(windows)
+        return Activity(self._probability(windows, excess), level, excess)
+
+    def _probability(self, windows: NDArray[np.float32], excess: NDArray[np.float64]) -> NDArray[np.float64]:
+        """(windows, 512) and (windows,) dB to (windows,)."""
+        raise NotImplementedError
+
+
+class SileroDetector(_WindowDetector):
     """Silero's network over a stream. `score` takes one window as 16-bit samples and keeps the network's state."""
 
     name = "silero"
 
     def __init__(self, score: Callable[[bytes], float], reason: str) -> None:
-        self.reason = reason
+        super().__init__(reason)
         self._score = score
-        self._windows = _Windows()
 
-    def feed(self, samples: NDArray[np.float32]) -> Activity:
-        return self._judge(self._windows.take(samples))
-
-    def finish(self) -> Activity:
-        return self._judge(self._windows.last())
-
-    def _judge(self, windows: NDArray[np.float32]) -> Activity:
-        level, excess = self._windows.measure(windows)
+    def _probability(self, windows: NDArray[np.float32], excess: NDArray[np.float64]) -> NDArray[np.float64]:
         whole = (np.clip(windows, -1, 1) * _FULL_SCALE).astype("<i2")
-        probability = np.array([float(self._score(window.tobytes())) for window in whole], np.float64)
-        return Activity(probability, level, excess)
+        return np.array([float(self._score(window.tobytes())) for window in whole], np.float64)
 
 
-class EnergyDetector:
+class EnergyDetector(_WindowDetector):
     """Speech is what stands out of the noise: 5 dB above the floor is 0, 10 dB one half, 15 dB is 1."""
 
     name = "energy"
 
     def __init__(self, reason: str = "energy alone: it was asked for") -> None:
-        self.reason = reason
-        self._windows = _Windows()
+        super().__init__(reason)
 
-    def feed(self, samples: NDArray[np.float32]) -> Activity:
-        return self._judge(self._windows.take(samples))
-
-    def finish(self) -> Activity:
-        return self._judge(self._windows.last())
-
-    def _judge(self, windows: NDArray[np.float32]) -> Activity:
-        level, excess = self._windows.measure(windows)
-        return Activity(np.clip((excess - 5) / 10, 0, 1), level, excess)
+    def _probability(self, windows: NDArray[np.float32], excess: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.clip((excess - 5) / 10, 0, 1)
