@@ -117,7 +117,7 @@ def test_a_worker_that_dies_or_complains(monkeypatch: pytest.MonkeyPatch, tmp_pa
         path = tmp_path / "python"
         path.write_text(f"#!{python}\nimport os, signal, sys\nsys.stdin.read()\n{code}\n")
         path.chmod(0o755)
-        monkeypatch.setattr(module.sys, "executable", str(path))
+        monkeypatch.setattr(sys, "executable", str(path))
 
     python = sys.executable
     program("os.kill(os.getpid(), signal.SIGKILL)")

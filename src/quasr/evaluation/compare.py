@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
-import sys
-import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from quasr.errors import OptionError
 from quasr.evaluation.bootstrap import Interval, difference_interval, rate_interval
 from quasr.evaluation.manifest import DEFAULT_LANGUAGE, Clip, read_manifest
+from quasr.evaluation.process import ask
 from quasr.evaluation.run import summarise
 from quasr.evaluation.score import Edits, score
 from quasr.evaluation.worker import Job, Measurement
@@ -36,8 +33,6 @@ LEGEND = (
     "difference: 95 % interval of WER minus the first's, in points; both intervals by bootstrap over the same clips",
     "ins: inserted words; empty: no text; repeated: a phrase four times or more where the reference has it not",
 )
-
-MESSAGE_LENGTH = 300
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,16 +134,8 @@ def _measured(job: Job) -> Row:
 
 def run_worker(job: Job) -> Measurement | str:
     """The measurement of a fresh process, or in one line why there is none."""
-    with tempfile.TemporaryDirectory(prefix="quasr-compare-") as folder:
-        answer = Path(folder) / "answer.json"
-        command = [sys.executable, "-m", "quasr.evaluation.worker", str(answer)]
-        done = subprocess.run(command, input=job.to_json(), capture_output=True, encoding="utf-8", check=False)
-        if done.returncode == 0:
-            return Measurement.from_json(answer.read_text(encoding="utf-8"), job)
-    if done.returncode < 0:
-        return f"the process was ended by {signal.Signals(-done.returncode).name}: probably out of memory"
-    last = (done.stderr.strip().splitlines() or ["no reason was given"])[-1]
-    return f"{last[:MESSAGE_LENGTH]} (exit code {done.returncode})"
+    found = ask("quasr.evaluation.worker", job.to_json())
+    return found.error if found.text is None else Measurement.from_json(found.text, job)
 
 
 def _interval(found: Measurement) -> Interval | None:

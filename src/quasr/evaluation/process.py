@@ -1,0 +1,53 @@
+"""Measuring in fresh processes, so that memory, caches and imports of one thing do not count for the next."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+MESSAGE_LENGTH = 300
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What the process wrote, or in one line why it did not."""
+
+    text: str | None
+    error: str = ""
+
+
+def ask(module: str, question: str, environment: Mapping[str, str] | None = None) -> Answer:
+    """Runs `python -m module FILE` with `question` on standard input; the answer is what it writes into FILE.
+
+    `environment` is added to this process's own. Where the exit code is not 0, the last line on standard error is why.
+    """
+    with tempfile.TemporaryDirectory(prefix="quasr-") as folder:
+        answer = Path(folder) / "answer.json"
+        done = subprocess.run(
+            [sys.executable, "-m", module, str(answer)],
+            input=question,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            check=False,
+            env={**os.environ, **(environment or {})},
+        )
+        if done.returncode == 0:
+            return Answer(answer.read_text(encoding="utf-8"))
+    return Answer(None, _reason(done))
+
+
+def _reason(done: subprocess.CompletedProcess[str]) -> str:
+    if done.returncode < 0:
+        return f"the process was ended by {signal.Signals(-done.returncode).name}: probably out of memory"
+    last = (done.stderr.strip().splitlines() or ["no reason was given"])[-1]
+    return f"{last[:MESSAGE_LENGTH]} (exit code {done.returncode})"
