@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from quasr.errors import ModelError, ResourceError
+from quasr.types import SAMPLE_RATE
+
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Hashable, Sequence
 
     import numpy as np
     from numpy.typing import NDArray
@@ -32,6 +35,8 @@ class ClipRequest:
     the prompt is `prefix`, one position an audio token, `suffix`.
 
     With `stop_loops` decoding ends in a loop of tokens (`quasr.text.loops`) and not at the budget.
+    `draft` guesses the tokens, as a transcript of an earlier part of the same audio does: where it is right they come
+    faster, and they are the same whatever it says. An engine may ignore it.
     """
 
     samples: NDArray[np.float32]
@@ -39,6 +44,15 @@ class ClipRequest:
     suffix: tuple[int, ...]
     max_new_tokens: int
     stop_loops: bool = False
+    draft: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """A submitted clip: the `number`-th of its engine, and the group (file, request) that it is counted with."""
+
+    group: Hashable
+    number: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +91,10 @@ class EngineStats:
 
 
 class Engine(Protocol):
-    """Runs clips through the network. Not thread-safe: one caller at a time."""
+    """Runs clips through the network. Not thread-safe: one caller at a time.
+
+    A call that raises ends the work on all clips that were submitted; the engine can be used again.
+    """
 
     @property
     def info(self) -> EngineInfo: ...
@@ -85,10 +102,74 @@ class Engine(Protocol):
     @property
     def stats(self) -> EngineStats: ...
 
+    def submit(self, request: ClipRequest, group: Hashable = 0) -> Ticket:
+        """Queues a clip. Groups share the engine fairly. Raises ResourceError for a clip that can never fit."""
+        ...
+
+    def step(self) -> list[tuple[Ticket, ClipResult]]:
+        """Advances the work a little; gives the clips that have finished, in no particular order.
+
+        Raises ResourceError when memory runs out and ModelError when the network computes NaN.
+        """
+        ...
+
+    def cancel(self, what: Hashable) -> None:
+        """Forgets one clip, by its ticket, or all clips of a group. What has finished or is unknown is left alone."""
+        ...
+
     def run(self, requests: Sequence[ClipRequest]) -> list[ClipResult]:
-        """Decodes all clips as one batch, results in the order of `requests`."""
+        """Decodes these clips to their ends, results in the order of `requests`. Raises as `submit` and `step`."""
         ...
 
     def close(self) -> None:
         """Gives the memory back. The engine cannot be used afterwards."""
         ...
+
+
+class BatchQueue:
+    """Lets an engine that has only `run` be submitted to: a step decodes all that waits, as one batch."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[Ticket, ClipRequest] = {}
+        self._submitted = 0
+
+    def run(self, requests: Sequence[ClipRequest]) -> list[ClipResult]:
+        """As `Engine.run`."""
+        raise NotImplementedError
+
+    def submit(self, request: ClipRequest, group: Hashable = 0) -> Ticket:
+        """As `Engine.submit`."""
+        ticket = Ticket(group, self._submitted)
+        self._submitted += 1
+        self._waiting[ticket] = request
+        return ticket
+
+    def step(self) -> list[tuple[Ticket, ClipResult]]:
+        """As `Engine.step`. The caller bounds the batch by what it submits."""
+        batch, self._waiting = self._waiting, {}
+        return list(zip(batch, self.run(list(batch.values())), strict=True))
+
+    def cancel(self, what: Hashable) -> None:
+        """As `Engine.cancel`."""
+        self._waiting = {ticket: request for ticket, request in self._waiting.items() if not belongs(ticket, what)}
+
+
+def belongs(ticket: Ticket, what: Hashable) -> bool:
+    """Whether `Engine.cancel(what)` concerns this ticket."""
+    return what in (ticket, ticket.group)
+
+
+def nan_error(dtype: str) -> ModelError:
+    """For a network that computed NaN in `dtype` (bf16, fp16, fp32)."""
+    return ModelError(
+        f"the network computed NaN in {dtype}: use --dtype bf16 or fp32; if it stays, the checkpoint is damaged"
+    )
+
+
+def memory_error(device: str, requests: Sequence[ClipRequest]) -> ResourceError:
+    """For a device whose memory ran out with these clips."""
+    longest = max((len(request.samples) for request in requests), default=0) / SAMPLE_RATE
+    return ResourceError(
+        f"out of memory on {device} with {len(requests)} clips of up to {longest:.0f} s: "
+        "use a smaller batch (--batch-size), a smaller dtype or another device"
+    )

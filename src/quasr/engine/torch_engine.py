@@ -11,11 +11,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from quasr.audio.mel import log_mel
-from quasr.engine.base import ClipRequest, ClipResult, EngineInfo, EngineStats
+from quasr.engine.base import BatchQueue, ClipRequest, ClipResult, EngineInfo, EngineStats, memory_error, nan_error
 from quasr.engine.row import Row
-from quasr.errors import ModelError, ResourceError
 from quasr.model.decoder import KVCache
-from quasr.types import SAMPLE_RATE
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence
@@ -29,13 +27,14 @@ DROP_AT = 4
 """Finished rows leave once they are a quarter of the batch: each departure copies the rest of the cache."""
 
 
-class TorchEngine:
+class TorchEngine(BatchQueue):
     """Runs `model`, which already lies on `placement.device` in `placement.dtype`. One caller at a time.
 
     `scheme` is the name of the recipe that its weights are quantised by.
     """
 
     def __init__(self, model: Qwen3ASR, stop_ids: Collection[int], placement: Placement, scheme: str = "none") -> None:
+        super().__init__()
         self._model: Qwen3ASR | None = model
         self._stop_ids = frozenset(stop_ids)
         self._placement = placement
@@ -64,7 +63,7 @@ class TorchEngine:
         """
         if not requests:
             return []
-        with torch.inference_mode(), _memory_advice(requests, self._placement.device):
+        with torch.inference_mode(), memory_advice(requests, self._placement.device):
             embeddings, lengths = self._embed(requests)
             rows = [Row.of(request, length) for request, length in zip(requests, lengths, strict=True)]
             self._decode(embeddings, rows)
@@ -127,10 +126,7 @@ class TorchEngine:
         best, tokens = wide.max(dim=-1)
         logprobs = (best - wide.logsumexp(dim=-1)).tolist()
         if not all(map(math.isfinite, logprobs)):
-            raise ModelError(
-                f"the network computed NaN in {self._info.dtype}: "
-                "use --dtype bf16 or fp32; if it stays, the checkpoint is damaged"
-            )
+            raise nan_error(self._info.dtype)
         for row, token, logprob in zip(rows, tokens.tolist(), logprobs, strict=True):
             if row.finish_reason is None:
                 row.take(token, logprob, self._stop_ids)
@@ -155,15 +151,11 @@ def _drop_finished(rows: list[Row], tokens: Tensor, cache: KVCache) -> tuple[lis
 
 
 @contextmanager
-def _memory_advice(requests: Sequence[ClipRequest], device: torch.device) -> Iterator[None]:
+def memory_advice(requests: Sequence[ClipRequest], device: torch.device) -> Iterator[None]:
     """Turns torch's two ways of running out of memory into one line of advice."""
     try:
         yield
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
-        longest = max(len(request.samples) for request in requests) / SAMPLE_RATE
-        raise ResourceError(
-            f"out of memory on {device} with {len(requests)} clips of up to {longest:.0f} s: "
-            "use a smaller batch (--batch-size), a smaller dtype or another device"
-        ) from error
+        raise memory_error(str(device), requests) from error
