@@ -1,0 +1,128 @@
+"""From a checkpoint to an ONNX folder, which appears whole or not at all."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version as installed_version
+from typing import TYPE_CHECKING, Any
+
+from quasr.errors import OptionError
+from quasr.export.collect import Collected, Wanted, collect
+from quasr.export.datafile import DataFile
+from quasr.export.decoder import build_decoder, write_rotary
+from quasr.export.encoder import build_encoder
+from quasr.export.manifest import MANIFEST_FILE, EmbeddingTable, File, GraphFacts, Manifest, is_onnx_folder
+from quasr.export.stem import build_stem
+from quasr.model.config import read_config, read_json
+from quasr.quant.recipe import EMBEDDING
+from quasr.quant.store import check_output, copy_others
+from quasr.weights.record import digest, read_record, wanted
+from quasr.weights.save import fresh_folder, write_json
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from quasr.export.layers import Activations
+    from quasr.model.config import ModelConfig
+
+GRAPHS = ("stem", "encoder", "decoder")
+
+MAX_POSITIONS = 32_768
+"""Length of the rotary tables unless the config says less: 40 minutes of audio."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExportOptions:
+    """`weights` fp32, int8, int4 or None for what the source has, int8 if it is not quantised; `group` 128, 64, 32
+    or None for what the source has, or the largest that fits; `activations` are those that meet quantised weights.
+    """
+
+    weights: str | None = None
+    group: int | None = None
+    activations: Activations = "int8"
+
+
+def export_folder(source: Path, output: Path, options: ExportOptions) -> Manifest:
+    """Writes the checkpoint `source`, of 16 bits or quantised by quasr in int8 or int4, as the ONNX folder `output`.
+
+    Raises OptionError for an output that exists and for what does not fit, CheckpointError for a damaged source,
+    ResourceError where the disk is full or may not be written.
+    """
+    if is_onnx_folder(source):
+        raise OptionError(f"{source} is an ONNX folder already: give the checkpoint that it was made of")
+    check_output(output)
+    config = read_config(source)
+    with fresh_folder(output) as fresh:
+        copy_others(source, fresh)
+        manifest = _write(source, config, options, fresh)
+        write_json(fresh / MANIFEST_FILE, manifest.to_json())
+    return manifest
+
+
+def _write(source: Path, config: ModelConfig, options: ExportOptions, fresh: Path) -> Manifest:
+    positions = _positions(source)
+    with ExitStack() as stack:
+        data = {name: stack.enter_context(DataFile(fresh / f"{name}.onnx.data")) for name in GRAPHS}
+        collected = collect(source, config, Wanted(options.weights, options.group), data)
+        rotary = write_rotary(config.text, positions, data["decoder"])
+        graphs = {
+            "stem": build_stem(config.audio, collected, options.activations, data["stem"]),
+            "encoder": build_encoder(config.audio, collected, options.activations),
+            "decoder": build_decoder(config.text, collected, options.activations, rotary),
+        }
+    for name, graph in graphs.items():
+        graph.save(fresh / f"{name}.onnx")
+    written = [f"{name}.onnx{ending}" for name in GRAPHS for ending in ("", ".data")]
+    return Manifest(
+        weights=collected.weights,
+        group=collected.linears["decoder.layers.0.mlp.gate_up"].format.group,
+        activations=options.activations,
+        graph=_facts(config, positions),
+        embedding=_embedding(collected),
+        files={name: File(**asdict(digest(fresh / name))) for name in written},
+        source=_source(source),
+        quasr=installed_version("quasr"),
+    )
+
+
+def _positions(source: Path) -> int:
+    raw = read_json(source / "config.json")
+    text = raw.get("thinker_config", raw)["text_config"]
+    return min(int(text.get("max_position_embeddings", MAX_POSITIONS)), MAX_POSITIONS)
+
+
+def _facts(config: ModelConfig, positions: int) -> GraphFacts:
+    audio, text = config.audio, config.text
+    return GraphFacts(
+        layers=text.layers,
+        kv_heads=text.kv_heads,
+        head_dim=text.head_dim,
+        hidden=text.hidden,
+        vocab=text.vocab_size,
+        positions=positions,
+        mel_bins=audio.mel_bins,
+        chunk_frames=audio.chunk_frames,
+        chunk_tokens=audio.chunk_tokens,
+        window_tokens=audio.window_chunks * audio.chunk_tokens,
+    )
+
+
+def _embedding(collected: Collected) -> EmbeddingTable:
+    found = collected.linears[EMBEDDING]
+    table = EmbeddingTable(found.weight.file, found.weight.offset, (found.rows, found.columns), "float32")
+    if found.scale is None:
+        return table
+    rows, groups = found.scale.shape
+    return replace(
+        table, dtype="uint8", group=found.format.group, scale_offset=found.scale.offset, scale_shape=(rows, groups)
+    )
+
+
+def _source(folder: Path) -> dict[str, Any]:
+    """Where the weights came from, with size and SHA-256 of each file."""
+    record = read_record(folder)
+    if record is not None:
+        return asdict(record)
+    paths = (path for path in sorted(folder.iterdir()) if path.is_file() and wanted(path.name))
+    return {"name": folder.name, "files": {path.name: asdict(digest(path)) for path in paths}}
