@@ -206,6 +206,17 @@ def test_whispers_flags_mean_what_they_mean_there(
     assert "hotwords" not in shown
 
 
+def test_guards_are_on_unless_they_are_turned_off(monkeypatch: pytest.MonkeyPatch, fake: FakeTranscriber) -> None:
+    assert run(monkeypatch, "a.wav") == run(monkeypatch, "a.wav", "--no-guards") == 0
+    assert [options.guards for options, _ in fake.seen] == [True, False]
+
+
+def test_underscores_in_values_stay(monkeypatch: pytest.MonkeyPatch, fake: FakeTranscriber, recordings: Path) -> None:
+    assert run(monkeypatch, "a.wav", "--context=max_line_width", "-oso_me", "--output_format=srt") == 0
+    assert fake.seen[0][0].context == "max_line_width"
+    assert (recordings / "so_me" / "a.srt").is_file()
+
+
 def test_standard_input_is_read(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

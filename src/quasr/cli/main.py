@@ -14,7 +14,7 @@ from quasr.cli.doctor import doctor
 from quasr.cli.eval import evaluate
 from quasr.cli.plan import plan
 from quasr.cli.quantize import quantize
-from quasr.cli.transcribe import transcribe
+from quasr.cli.transcribe import transcribe, whisper_spelling
 from quasr.errors import QuasrError
 
 INTERRUPTED = 130
@@ -35,7 +35,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("transcribe")(transcribe)
+app.command("transcribe", context_settings={"token_normalize_func": whisper_spelling})(transcribe)
 app.command("eval")(evaluate)
 app.command("quantize")(quantize)
 app.command("plan")(plan)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
-from pathlib import Path  # noqa: TC003  (Typer reads the annotations)
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -37,97 +37,107 @@ if TYPE_CHECKING:
 
     from quasr.cli.inputs import Input
     from quasr.cli.outputs import Outputs
-    from quasr.output import LineRules
 
 ALL = "all"
 DEFAULT_FORMAT = "txt"
 DEFAULTS = TranscribeOptions()
 
 
+AudioArgument = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="AUDIO", help="Files, folders (-r), patterns, http(s) URLs, or - for standard input."),
+]
+FormatOption = Annotated[
+    str, typer.Option("--format", "--output-format", "-f", help="txt, json, srt, vtt, tsv, or all (with -o).")
+]
+OutputOption = Annotated[
+    Path | None,
+    typer.Option("--output-dir", "-o", help="Write files there, not to standard output. With --jobs: a file."),
+]
+RecursiveOption = Annotated[
+    bool, typer.Option("--recursive", "-r", help="Take the audio and video files in folders, as a tree.")
+]
+JobsOption = Annotated[
+    Path | None, typer.Option("--jobs", help="JSONL of path or url, and id, language, context; gives JSONL.")
+]
+OverwriteOption = Annotated[
+    bool, typer.Option("--overwrite", help="With -o: do again what is complete. URLs count as unchanged.")
+]
+WidthOption = Annotated[
+    int | None, typer.Option("--max-line-width", min=1, help="Most columns of a line of subtitles.")
+]
+CountOption = Annotated[int | None, typer.Option("--max-line-count", min=1, help="Most lines of a subtitle.")]
+ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="Of torch on the CPU.")]
+ChunkOption = Annotated[
+    str, typer.Option("--chunk", help="Cut long audio: vad (in pauses), qwen (every 20 minutes) or none.")
+]
+GuardsOption = Annotated[
+    bool, typer.Option("--guards/--no-guards", help="Stop loops, and try suspect pieces once more.")
+]
+PrivateOption = Annotated[bool, typer.Option("--allow-private-urls", help="Fetch URLs of private addresses too.")]
+
+# Whisper's own, which have no other spelling here.
+HotwordsOption = Annotated[str, typer.Option("--hotwords", hidden=True)]
+WordTimesOption = Annotated[str, typer.Option("--word-timestamps", hidden=True)]
+HighlightOption = Annotated[str, typer.Option("--highlight-words", hidden=True)]
+WordsPerLineOption = Annotated[int | None, typer.Option("--max-words-per-line", min=1, hidden=True)]
+
+
+def whisper_spelling(option: str) -> str:
+    """`--output_dir` is `--output-dir`: command lines of Whisper's work, whose options have underscores."""
+    return option.replace("_", "-")
+
+
 def transcribe(
-    audio: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="AUDIO", help="Files, folders (-r), patterns, http(s) URLs, or - for standard input."),
-    ] = None,
+    audio: AudioArgument = None,
     model: ModelOption = "demo",
     language: LanguageOption = None,
     context: ContextOption = "",
-    output_format: Annotated[
-        str, typer.Option("--format", "-f", help="txt, json, srt, vtt, tsv, or all (with -o).")
-    ] = DEFAULT_FORMAT,
-    output_dir: Annotated[
-        Path | None,
-        typer.Option("--output-dir", "-o", help="Write files there, not to standard output. With --jobs: a file."),
-    ] = None,
-    recursive: Annotated[
-        bool, typer.Option("--recursive", "-r", help="Take the audio and video files in folders, as a tree.")
-    ] = False,
-    jobs: Annotated[
-        Path | None, typer.Option("--jobs", help="JSONL of path or url, and id, language, context; gives JSONL.")
-    ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="With -o: do again what is complete. URLs count as unchanged.")
-    ] = False,
-    max_line_width: Annotated[
-        int | None, typer.Option("--max-line-width", min=1, help="Most columns of a line of subtitles.")
-    ] = None,
-    max_line_count: Annotated[
-        int | None, typer.Option("--max-line-count", min=1, help="Most lines of a subtitle.")
-    ] = None,
+    output_format: FormatOption = DEFAULT_FORMAT,
+    output_dir: OutputOption = None,
+    recursive: RecursiveOption = False,
+    jobs: JobsOption = None,
+    overwrite: OverwriteOption = False,
+    max_line_width: WidthOption = None,
+    max_line_count: CountOption = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     compute_type: ComputeTypeOption = "auto",
     threshold: ThresholdOption = None,
     memory: MemoryOption = None,
     offload: OffloadOption = 0,
-    threads: Annotated[int | None, typer.Option("--threads", min=1, help="Of torch on the CPU.")] = None,
+    threads: ThreadsOption = None,
     hub: HubOption = "huggingface",
     revision: RevisionOption = None,
     offline: OfflineOption = False,
     batch_size: BatchSizeOption = DEFAULTS.batch_size,
-    chunk: Annotated[
-        str, typer.Option("--chunk", help="Cut long audio: vad (in pauses), qwen (every 20 minutes) or none.")
-    ] = DEFAULTS.chunk,
+    chunk: ChunkOption = DEFAULTS.chunk,
+    guards: GuardsOption = DEFAULTS.guards,
     max_new_tokens: MaxNewTokensOption = None,
-    allow_private_urls: Annotated[
-        bool, typer.Option("--allow-private-urls", help="Fetch URLs of private addresses too.")
-    ] = False,
-    # Whisper's spellings, so that its command lines work.
-    whisper_dir: Annotated[Path | None, typer.Option("--output_dir", hidden=True)] = None,
-    whisper_format: Annotated[str | None, typer.Option("--output_format", "--output-format", hidden=True)] = None,
-    whisper_width: Annotated[int | None, typer.Option("--max_line_width", min=1, hidden=True)] = None,
-    whisper_count: Annotated[int | None, typer.Option("--max_line_count", min=1, hidden=True)] = None,
-    whisper_batch: Annotated[int | None, typer.Option("--batch_size", min=1, hidden=True)] = None,
-    whisper_type: Annotated[str | None, typer.Option("--compute_type", hidden=True)] = None,
-    hotwords: Annotated[str, typer.Option("--hotwords", hidden=True)] = "",
-    word_timestamps: Annotated[str, typer.Option("--word_timestamps", "--word-timestamps", hidden=True)] = "False",
-    highlight_words: Annotated[str, typer.Option("--highlight_words", "--highlight-words", hidden=True)] = "False",
-    max_words_per_line: Annotated[
-        int | None, typer.Option("--max_words_per_line", "--max-words-per-line", min=1, hidden=True)
-    ] = None,
+    allow_private_urls: PrivateOption = False,
+    hotwords: HotwordsOption = "",
+    word_timestamps: WordTimesOption = "False",
+    highlight_words: HighlightOption = "False",
+    max_words_per_line: WordsPerLineOption = None,
 ) -> int:
     """Write down what is said in audio or video files."""
-    from quasr.output import LineRules
-
     _refuse_word_times(word_timestamps, highlight_words, max_words_per_line)
-    rules = LineRules(whisper_width or max_line_width, whisper_count or max_line_count)
-    style = _style(whisper_format or output_format, rules)
-    target, batch = whisper_dir or output_dir, whisper_batch or batch_size
-    choice = ModelChoice(
-        model, device, dtype, hub, revision, offline, whisper_type or compute_type, threshold, memory, batch, offload
-    )
+    style = _style(output_format, max_line_width, max_line_count)
+    precision = (compute_type, threshold, memory, batch_size, offload)
+    choice = ModelChoice(model, device, dtype, hub, revision, offline, *precision)
     options = {
         "language": language,
         "context": "\n".join(filter(None, (context, hotwords))),
         "max_new_tokens": max_new_tokens,
         "chunk": chunk,
+        "guards": guards,
     }
     request = Request(choice, options, allow_private_urls, overwrite)
     _use_threads(threads)
     if jobs is not None:
-        lines = _job_lines(audio, style, target)
+        lines = _job_lines(audio, style, output_dir)
         return work(read_jobs(jobs), lines, request)
-    return work(*_inputs_and_outputs(audio, recursive, style, target), request)
+    return work(*_inputs_and_outputs(audio, recursive, style, output_dir), request)
 
 
 def _refuse_word_times(word_timestamps: str, highlight_words: str, max_words_per_line: int | None) -> None:
@@ -142,12 +152,12 @@ def _refuse_word_times(word_timestamps: str, highlight_words: str, max_words_per
         raise OptionError(f"--{asked[0]} needs the times of words, which this version has not: leave it out")
 
 
-def _style(output_format: str, rules: LineRules) -> Style:
-    from quasr.output import FORMATS
+def _style(output_format: str, width: int | None, count: int | None) -> Style:
+    from quasr.output import FORMATS, LineRules
 
     if output_format not in (*FORMATS, ALL):
         raise OptionError(f"unknown format {output_format!r}: use {', '.join(FORMATS)} or {ALL}")
-    return Style(FORMATS if output_format == ALL else (output_format,), rules)
+    return Style(FORMATS if output_format == ALL else (output_format,), LineRules(width, count))
 
 
 def _use_threads(count: int | None) -> None:
