@@ -9,9 +9,11 @@ from typing import Annotated, Any
 import typer
 
 from quasr import __version__
+from quasr.cli.bench import bench
 from quasr.cli.compare import compare
 from quasr.cli.doctor import doctor
 from quasr.cli.eval import evaluate
+from quasr.cli.export import export
 from quasr.cli.plan import plan
 from quasr.cli.quantize import quantize
 from quasr.cli.transcribe import transcribe, whisper_spelling
@@ -38,8 +40,10 @@ app = typer.Typer(
 app.command("transcribe", context_settings={"token_normalize_func": whisper_spelling})(transcribe)
 app.command("eval")(evaluate)
 app.command("quantize")(quantize)
+app.command("export")(export)
 app.command("plan")(plan)
 app.command("compare")(compare)
+app.command("bench")(bench)
 app.command("doctor")(doctor)
 
 
