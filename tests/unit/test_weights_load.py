@@ -16,21 +16,23 @@ from weights_samples import (
     NORM,
     ORIGINAL,
     SIZES,
-    original_name,
     original_tensors,
     random_network,
     write,
+    write_large,
     write_sharded,
 )
 
 from quasr.errors import CheckpointError
-from quasr.model.asr import Qwen3ASR
-from quasr.model.config import parse_config, read_config
-from quasr.weights import shard
+from quasr.model.config import read_config
+from quasr.weights import load as load_module
+from quasr.weights import staging
 from quasr.weights.load import load_model
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from quasr.model.asr import Qwen3ASR
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
@@ -70,8 +72,20 @@ def test_shards(tmp_path: Path) -> None:
 
 
 def test_tensors_longer_than_a_slice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shard, "SLICE_BYTES", 64)
+    monkeypatch.setitem(staging.BUFFERS, "cpu", (2, 64))
     assert same_weights(load(write(tmp_path, original_tensors())))
+
+
+def test_a_file_that_is_cut_off_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path, original_tensors()) / "model.safetensors"
+    check = load_module._check_tensors
+
+    def checked_then_cut(*of: Any) -> None:
+        check(*of)
+        path.write_bytes(path.read_bytes()[:-10])
+
+    monkeypatch.setattr(load_module, "_check_tensors", checked_then_cut)
+    refused(tmp_path, "cut off while it was read", "download")
 
 
 def test_weights_outlive_their_file(tmp_path: Path) -> None:
@@ -193,8 +207,7 @@ MEASURE = """
 import json, sys, torch
 from pathlib import Path
 import quasr.weights.load as load
-from quasr.model.asr import Qwen3ASR
-from quasr.model.config import parse_config, read_config
+from quasr.model.config import read_config
 def status(key):
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
     return int(line.split()[1]) * 1024
@@ -211,22 +224,9 @@ print(json.dumps([status("VmHWM") - before, sum(p.nbytes for p in model.paramete
 @pytest.mark.parametrize(("dtype", "megabytes"), [("bfloat16", 600), ("float32", 1200)])
 def test_peak_memory(tmp_path: Path, dtype: str, megabytes: int) -> None:
     """A bf16 folder of 600 MB and its head again: the peak grows by the weights in the wanted dtype and 5 % at most."""
-    text = {"vocab_size": 150_000, "hidden_size": 1024, "intermediate_size": 24_576, "num_hidden_layers": 2}
-    sizes = copy.deepcopy(SIZES)
-    sizes["text_config"] |= text
-    sizes["audio_config"]["output_dim"] = 1024
-    config = {"model_type": "qwen3_asr", "thinker_config": sizes}
-    _write_large(tmp_path, config)
+    write_large(tmp_path)
     command = [sys.executable, "-c", MEASURE, str(tmp_path), dtype]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
     grown, size = json.loads(done.stdout)
     assert size > megabytes * 10**6
     assert size * 0.95 < grown < size * 1.05
-
-
-def _write_large(folder: Path, config: dict[str, Any]) -> None:
-    with torch.device("meta"):
-        shapes = Qwen3ASR(parse_config(config)).state_dict()
-    tensors = {original_name(n): torch.full(t.shape, 0.5, dtype=torch.bfloat16) for n, t in shapes.items()}
-    tensors[HEAD] = tensors[EMBEDDING].clone()
-    write(folder, tensors, config)

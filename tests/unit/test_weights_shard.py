@@ -14,7 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from quasr.errors import CheckpointError
-from quasr.weights.shard import Shard
+from quasr.weights.shard import DTYPES, Shard
+from quasr.weights.staging import Staging, Stored
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,10 +31,8 @@ def forge(header: bytes, data: bytes = b"", length: int | None = None) -> bytes:
 
 def read_all(path: Path) -> dict[str, torch.Tensor]:
     with Shard(path) as shard:
-        return {
-            name: torch.cat([part.clone() for part in shard.slices(name)]).view(e.shape)
-            for name, e in shard.entries.items()
-        }
+        staging = Staging(torch.device("cpu"))
+        return {name: Stored(shard, name, DTYPES[e.dtype], staging).whole() for name, e in shard.entries.items()}
 
 
 def open_only(path: Path) -> None:

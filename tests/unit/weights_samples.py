@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from typing import TYPE_CHECKING, Any
 
@@ -111,3 +112,16 @@ def write_sharded(folder: Path, *shards: dict[str, Tensor], index: dict[str, str
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": table if index is None else index}))
     (folder / "config.json").write_text(json.dumps(ORIGINAL))
     return folder
+
+
+def write_large(folder: Path) -> Path:
+    """A bf16 folder of 600 MB, half of it the embedding, and its head again."""
+    sizes = copy.deepcopy(SIZES)
+    sizes["text_config"] |= {"vocab_size": 150_000, "hidden_size": 1024, "intermediate_size": 24_576}
+    sizes["audio_config"]["output_dim"] = 1024
+    config = {"model_type": "qwen3_asr", "thinker_config": sizes}
+    with torch.device("meta"):
+        shapes = Qwen3ASR(parse_config(config)).state_dict()
+    tensors = {original_name(n): torch.full(t.shape, 0.5, dtype=torch.bfloat16) for n, t in shapes.items()}
+    tensors[HEAD] = tensors[EMBEDDING].clone()
+    return write(folder, tensors, config)

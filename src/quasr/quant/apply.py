@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from quasr.errors import OptionError, ResourceError
 from quasr.quant.bitsandbytes import LLMInt8Linear, NF4Linear
 from quasr.quant.embedding import Int8Embedding
-from quasr.quant.linear import Int4Linear, Int8Linear
-from quasr.weights.load import assign, load_model
+from quasr.quant.linear import Int4Linear, Int8Linear, QuantisedLinear
+from quasr.weights.load import assign, load_model, place_whole
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from quasr.model.config import ModelConfig
     from quasr.quant.recipe import Recipe
     from quasr.quant.scheme import Kind, Scheme
+    from quasr.weights.staging import Stored
 
 LINEARS: dict[Kind, type[Int8Linear | Int4Linear | LLMInt8Linear | NF4Linear]] = {
     "int8": Int8Linear,
@@ -66,21 +67,33 @@ def quantise(model: Qwen3ASR, recipe: Recipe) -> None:
 def load_quantising(
     folder: Path, config: ModelConfig, recipe: Recipe, dtype: torch.dtype, device: torch.device
 ) -> Qwen3ASR:
-    """Loads a 16-bit checkpoint straight into `recipe`, on `device`: each weight is quantised as soon as it is read.
+    """Loads a 16-bit checkpoint straight into `recipe`, on `device`: each weight is quantised while it is read.
 
-    Beside the finished layers one weight in `dtype` is held at a time, and fp32 copies of a few rows.
-    Raises as `load_model`, and OptionError where the recipe does not fit.
+    Beside the finished layers a block of a weight's rows is held at a time, and fp32 copies of a few of them; with
+    bitsandbytes one weight. Raises as `load_model`, and OptionError where the recipe does not fit.
     """
     schemes = recipe.assign(config)
 
-    def place(model: Qwen3ASR, name: str, tensor: Tensor) -> None:
-        assign(model, name, tensor)
+    def place(model: Qwen3ASR, name: str, stored: Stored) -> None:
         path, _, leaf = name.rpartition(".")
         if leaf == "weight" and path in schemes:
             # The bias, still without memory, moves over and is filled when its turn comes.
-            replace_layer(model, path, quantise_layer(model.get_submodule(path), schemes[path]))
+            replace_layer(model, path, _read_layer(model.get_submodule(path), schemes[path], stored))
+        else:
+            place_whole(model, name, stored)
 
     try:
         return load_model(folder, config, dtype, device, place=place)
     except torch.OutOfMemoryError as error:
         raise ResourceError(f"out of memory on {device} while quantising: quantise on the CPU and save") from error
+
+
+def _read_layer(layer: nn.Module, scheme: Scheme, stored: Stored) -> nn.Module:
+    """As `quantise_layer`, of a weight that is still to be read."""
+    if isinstance(layer, nn.Embedding):
+        return Int8Embedding.from_blocks(layer, stored.blocks(), stored.device)
+    kind = LINEARS[scheme.kind]
+    if isinstance(layer, nn.Linear) and issubclass(kind, QuantisedLinear):
+        return kind.from_blocks(layer, scheme, stored.blocks(), stored.device)
+    assign(layer, "weight", stored.whole())
+    return quantise_layer(layer, scheme)

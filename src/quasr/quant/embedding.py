@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quasr.quant.linear import quantise_int8
+from quasr.quant.linear import fill_rows, quantise_int8, row_blocks
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 HEAD_NUMBERS = 1 << 25
 """Weights that the head dequantises at once: 64 MB in 16 bits, where the whole vocabulary would take 622."""
@@ -28,7 +31,16 @@ class Int8Embedding(nn.Module):
     @classmethod
     def from_embedding(cls, embedding: nn.Embedding) -> Self:
         """Rounds to nearest, one scale a row."""
-        return cls(*quantise_int8(embedding.weight.detach()))
+        return cls.from_blocks(embedding, row_blocks(embedding.weight), embedding.weight.device)
+
+    @classmethod
+    def from_blocks(cls, embedding: nn.Embedding, blocks: Iterable[Tensor], device: torch.device) -> Self:
+        """As `from_embedding`, of a weight that comes in blocks of rows on `device`. `embedding` tells its shape."""
+        weight = embedding.weight
+        codes = torch.empty(weight.shape, dtype=torch.int8, device=device)
+        scale = torch.empty(len(weight), 1, dtype=weight.dtype, device=device)
+        fill_rows(codes, scale, blocks, quantise_int8)
+        return cls(codes, scale)
 
     @classmethod
     def shaped_like(cls, embedding: nn.Embedding) -> Self:

@@ -1,9 +1,9 @@
 """From a checkpoint folder to a `Qwen3ASR`: tensor by tensor, every stored key used exactly once.
 
 The network is built on the meta device, so nothing is allocated before all names and shapes have been compared.
-Each parameter then gets memory of its own, filled in slices from a memory map whose pages are given back on the way.
-Views into the map would load faster; but a file that is replaced or cut off during a run would then end the process,
-and their alignment is the file's. So the peak is the weights in the wanted dtype and a few slices, never a second copy.
+Each parameter then gets memory of its own, filled through a small staging buffer (`weights/staging.py`).
+Views into a memory map would load faster on a CPU; but a file that is replaced or cut off during a run would then end
+the process, and their alignment is the file's. So the peak is the weights in the wanted dtype, never a second copy.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from quasr.errors import CheckpointError, ResourceError
+from quasr.errors import CheckpointError
 from quasr.model.asr import Qwen3ASR
 from quasr.model.config import read_json
 from quasr.weights.layout import EMBEDDING, HEAD, checkpoint_name, name_table, other_layout
 from quasr.weights.shard import AGAIN, DTYPES, FLOATS, Shard
+from quasr.weights.staging import Staging, Stored
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -35,6 +36,10 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
 NAMES_SHOWN = 3
+
+COMPARED_BYTES = 4 << 20
+"""Of each of two tensors at once."""
+
 QUANTISED_ENDINGS = (".SCB", ".absmax", ".quant_map", ".weight_packed", ".weight_scale", ".qweight", ".qzeros")
 NOT_QUANTISED = "quasr reads unquantised checkpoints only: give the original bf16 folder"
 
@@ -47,6 +52,11 @@ def assign(model: nn.Module, name: str, tensor: Tensor) -> None:
     setattr(module, leaf, nn.Parameter(tensor, requires_grad=False) if parameter else tensor)
 
 
+def place_whole(model: nn.Module, name: str, stored: Stored) -> None:
+    """Reads a parameter or buffer of `model` as it is."""
+    assign(model, name, stored.whole())
+
+
 def load_model(
     folder: Path,
     config: ModelConfig,
@@ -54,7 +64,7 @@ def load_model(
     device: torch.device,
     *,
     prepare: Callable[[Qwen3ASR, Mapping[str, Entry]], None] | None = None,
-    place: Callable[[Qwen3ASR, str, Tensor], None] = assign,
+    place: Callable[[Qwen3ASR, str, Stored], None] = place_whole,
 ) -> Qwen3ASR:
     """Builds the network of `config` and fills it from `folder`, converted to `dtype`, on `device`.
 
@@ -62,7 +72,7 @@ def load_model(
     `model.safetensors.index.json` names, in either layout of names.
     `prepare` knows what is stored and may exchange layers of the network before anything is compared, for a folder
     that holds them quantised; floats that a layer then declares in another type than `dtype` keep that.
-    `place` puts each tensor into the network as soon as it is read, and may quantise it on the way.
+    `place` reads each tensor into the network, and may quantise it on the way.
     Raises CheckpointError for missing, unknown, misshapen, quantised or corrupt tensors, ResourceError where memory
     runs out.
     """
@@ -79,8 +89,10 @@ def load_model(
         _check_tensors(folder, model, table, stored)
         if config.text.tied_head:
             _check_tied_head(folder, table, stored)
+        staging = Staging(device)
         for name, meta in model.state_dict().items():
-            place(model, name, _read(stored[table[name]], table[name], meta.shape, meta.dtype, device))
+            place(model, name, Stored(stored[table[name]], table[name], meta.dtype, staging))
+        staging.check_finite()
     return model.requires_grad_(False).eval()
 
 
@@ -225,28 +237,24 @@ def _check_tied_head(folder: Path, table: Mapping[str, str], stored: Mapping[str
     one, two = stored[head], stored[embedding]
     same = one.entries[head].shape == two.entries[embedding].shape
     same = same and one.entries[head].dtype == two.entries[embedding].dtype
-    if not same or not all(torch.equal(a, b) for a, b in zip(one.raw(head), two.raw(embedding), strict=True)):
+    if not same or not _same_bytes(one, head, two, embedding):
         raise CheckpointError(
             f"{folder}: {head} differs from {embedding}, though config.json ties them: {AGAIN}, "
             "or set tie_word_embeddings to false"
         )
 
 
-def _read(shard: Shard, name: str, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """One tensor in memory of its own, converted slice by slice."""
-    try:
-        tensor = torch.empty(shape, dtype=dtype, device=device)
-    except RuntimeError as error:
-        reason = str(error).partition("\n")[0][:120]
-        raise ResourceError(f"{device} cannot hold the weights ({reason}): use a smaller dtype or model") from error
-    flat, position = tensor.view(-1), 0
-    for piece in shard.slices(name):
-        part = flat[position : position + len(piece)]
-        part.copy_(piece)
-        if dtype == torch.float16 and not bool(part.isfinite().all()):
-            raise CheckpointError(f"{name} holds values beyond float16: use dtype bfloat16 or float32")
-        position += len(piece)
-    return tensor
+def _same_bytes(one: Shard, head: str, two: Shard, embedding: str) -> bool:
+    """Of two tensors of the same size."""
+    size = one.entries[head].size
+    left, right = torch.empty(2, min(size, COMPARED_BYTES), dtype=torch.uint8)
+    for start in range(0, size, COMPARED_BYTES):
+        count = min(COMPARED_BYTES, size - start)
+        one.read(head, start, left[:count])
+        two.read(embedding, start, right[:count])
+        if not torch.equal(left[:count], right[:count]):
+            return False
+    return True
 
 
 def _some(names: list[str]) -> str:

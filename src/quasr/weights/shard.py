@@ -1,15 +1,14 @@
-"""Safetensors files: a checked header and tensors copied out of a memory map, slice by slice.
+"""Safetensors files: a checked header, and the bytes of tensors read into memory that the caller keeps.
 
 Format: 8 bytes little-endian header length, a JSON header, then the tensors' bytes without gaps.
-The library's own reader is not used, because its mapped pages stay resident beside every converted tensor;
-here each slice's pages are given back as soon as it is copied.
+The library's own reader is not used, because its mapped pages stay resident beside every converted tensor. Reading
+instead needs one buffer, is quicker than faulting pages in, and survives a file that is cut off meanwhile.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import mmap
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
@@ -19,14 +18,10 @@ from torch import Tensor
 from quasr.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
 MAX_HEADER_BYTES = 100_000_000
 """The format's own limit."""
-
-SLICE_BYTES = 4 << 20
-"""Copied at once: bounds what is resident beside the tensors themselves. A multiple of every item size and page."""
 
 ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
 ITEM_BYTES |= {f"{sign}{bits}": bits // 8 for sign in "IU" for bits in (8, 16, 32, 64)}
@@ -49,49 +44,54 @@ class Entry:
     start: int
     end: int
 
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.end - self.start
+
 
 class Shard:
     """One open safetensors file. Raises CheckpointError, which names the file, for anything out of order."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        # One buffer for all pieces: freed ones would stay in the heap between the tensors that are kept.
-        self._buffer = torch.empty(SLICE_BYTES, dtype=torch.uint8)
         try:
-            with path.open("rb") as file:
-                self.entries = _read_entries(file.read, path.stat().st_size)
-                # A private writable map, because torch warns about read-only buffers. It is never written.
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            self._file = path.open("rb", buffering=0)
         except OSError as error:
-            raise CheckpointError(f"{path} cannot be read: {error.strerror}: {AGAIN}") from error
+            raise self._unreadable(error) from error
+        try:
+            self.entries = _read_entries(self._file.read, path.stat().st_size)
+        except OSError as error:
+            self._file.close()
+            raise self._unreadable(error) from error
         except ValueError as error:
+            self._file.close()
             raise CheckpointError(f"{path} is no sound safetensors file ({error}): {AGAIN}") from error
 
-    def raw(self, name: str) -> Iterator[Tensor]:
-        """The tensor's bytes in order, as views (uint8) into the map of at most SLICE_BYTES. Not to be kept."""
-        entry = self.entries[name]
-        for start in range(entry.start, entry.end, SLICE_BYTES):
-            size = min(SLICE_BYTES, entry.end - start)
-            yield torch.frombuffer(self._map, dtype=torch.uint8, count=size, offset=start)
-            self._release(start, size)
+    def read(self, name: str, start: int, buffer: Tensor) -> None:
+        """Fills `buffer`, (n,) uint8 in main memory, with the tensor's bytes from its byte `start` on.
 
-    def slices(self, name: str) -> Iterator[Tensor]:
-        """The tensor as flat pieces in order, in the stored dtype. A piece is valid until the next one is taken."""
-        for piece in self.raw(name):
-            # Copied as bytes: nothing in the format aligns a tensor to its item size.
-            yield self._buffer[: len(piece)].copy_(piece).view(DTYPES[self.entries[name].dtype])
+        Raises CheckpointError where the file cannot be read, or has become shorter.
+        """
+        view = buffer.numpy().data
+        try:
+            self._file.seek(self.entries[name].start + start)
+            while len(view):
+                count = self._file.readinto(view)
+                if not count:
+                    raise CheckpointError(f"{self.path} was cut off while it was read: {AGAIN}")
+                view = view[count:]
+        except OSError as error:
+            raise self._unreadable(error) from error
 
-    def _release(self, start: int, size: int) -> None:
-        """Drops the pages of a slice from resident memory, on systems that can."""
-        if hasattr(self._map, "madvise") and hasattr(mmap, "MADV_DONTNEED"):
-            first = start // mmap.PAGESIZE * mmap.PAGESIZE
-            self._map.madvise(mmap.MADV_DONTNEED, first, start + size - first)
+    def _unreadable(self, error: OSError) -> CheckpointError:
+        return CheckpointError(f"{self.path} cannot be read: {error.strerror}: {AGAIN}")
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._map.close()
+        self._file.close()
 
 
 def _read_entries(read: Any, size: int) -> dict[str, Entry]:
