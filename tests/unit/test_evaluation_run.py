@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from quasr.cli import main
+from quasr.cli.options import ModelChoice
 from quasr.engine.base import EngineInfo
 from quasr.errors import AudioDecodeError, AudioError, OptionError
 from quasr.evaluation.manifest import read_manifest
@@ -122,3 +127,51 @@ def test_sums_by_hand(manifest: Path, tmp_path: Path) -> None:
 def test_unwritable_report(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="cannot be written"):
         write_json(tmp_path / "no" / "out.json", "demo", EngineInfo("torch", "cpu", "fp32", 1), [])
+
+
+def test_ctrl_c_ends_an_evaluation_without_figures(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], manifest: Path, tmp_path: Path
+) -> None:
+    class Slow(FakeTranscriber):
+        info = EngineInfo("fake", "cpu", "fp32", 1)
+
+        def transcribe_batch(
+            self, audios: list[Path], options: TranscribeOptions, *, progress: Any
+        ) -> Iterator[Transcript | AudioError]:
+            for number, answer in enumerate(super().transcribe_batch(audios, options, progress=progress)):
+                if number == 1:
+                    signal.raise_signal(signal.SIGINT)  # asks, and is no exception where the audio is decoded
+                    signal_was_no_exception.append(number)
+                progress(1.0)
+                yield answer
+
+        def __enter__(self) -> Slow:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+    signal_was_no_exception: list[int] = []
+    slow, handler = Slow(), signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(ModelChoice, "load", lambda _: slow)
+    monkeypatch.setattr(sys, "argv", ["quasr", "eval", str(manifest), "-o", str(tmp_path / "report.json")])
+    assert main._exit_code() == main.INTERRUPTED
+    captured = capsys.readouterr()
+    assert (captured.out, signal_was_no_exception, len(slow.order)) == ("", [1], 2)
+    assert captured.err.splitlines()[-1] == "interrupted: no figures, because an evaluation is of all clips"
+    assert not (tmp_path / "report.json").exists()
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_ctrl_c_ends_a_measuring_process_though_exceptions_are_swallowed() -> None:
+    swallow = (
+        "import signal, sys\nfrom quasr.evaluation.process import end_at_interrupt\nend_at_interrupt()\n"
+        "try:\n    signal.raise_signal(signal.SIGINT)\nexcept BaseException:\n    pass\nprint('went on')"
+    )
+    signal_free = "import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+    ended = subprocess.run([sys.executable, "-c", swallow], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (-signal.SIGINT, "")
+    under_nohup = subprocess.run(
+        [sys.executable, "-c", signal_free + swallow], capture_output=True, text=True, check=True
+    )
+    assert under_nohup.stdout == "went on\n"

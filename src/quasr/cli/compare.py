@@ -15,6 +15,7 @@ from quasr.cli.options import (  # noqa: TC001  (Typer reads the annotations)
     MaxNewTokensOption,
     OfflineOption,
     RevisionOption,
+    ThreadsOption,
 )
 from quasr.cli.terminal import aligned, note, result
 from quasr.errors import MissingDependencyError
@@ -43,7 +44,7 @@ def compare(
     offline: OfflineOption = False,
     batch_size: BatchSizeOption = 8,
     max_new_tokens: MaxNewTokensOption = None,
-    threads: Annotated[int | None, typer.Option("--threads", min=1, help="Of torch on the CPU.")] = None,
+    threads: ThreadsOption = None,
 ) -> int:
     """Compare precisions: memory, speed, and error, each measured in a process of its own."""
     from quasr.evaluation.compare import COLUMNS, LEGEND, cells, parse_precisions, read_clips

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from quasr.cli.interrupt import Interrupt
 from quasr.cli.options import (
     BatchSizeOption,
     ComputeTypeOption,
@@ -56,10 +57,23 @@ def evaluate(
     require_packages()
     clips = read_manifest(manifest)
     options = TranscribeOptions(language, context, max_new_tokens, batch_size=batch_size)
-    progress = ProgressLine()
+    progress, interrupt = ProgressLine(), Interrupt()
+
+    def show(seconds: float) -> None:
+        progress(seconds)
+        # At once, and not a batch later: half an evaluation is none, so there are no results to look at.
+        interrupt.rest()
+
     choice = ModelChoice(model, device, dtype, hub, revision, offline, compute_type, threshold)
     with choice.load() as transcriber:
-        outcomes = run(transcriber, clips, options, progress)
+        try:
+            with interrupt:
+                outcomes = run(transcriber, clips, options, show)
+                interrupt.rest()
+        except KeyboardInterrupt:
+            progress.clear()
+            note("interrupted: no figures, because an evaluation is of all clips")
+            raise
         progress.clear()
         result(aligned([COLUMNS, *table(outcomes)]))
         if output is not None:

@@ -39,6 +39,7 @@ BatchSizeOption = Annotated[int, typer.Option("--batch-size", min=1, help="Piece
 MaxNewTokensOption = Annotated[
     int | None, typer.Option("--max-new-tokens", min=1, help="Token budget of a piece. Default: from its length.")
 ]
+ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="Of torch on the CPU.")]
 
 
 @dataclass(frozen=True, slots=True)

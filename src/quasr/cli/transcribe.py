@@ -25,6 +25,7 @@ from quasr.cli.options import (
     OfflineOption,
     OffloadOption,
     RevisionOption,
+    ThreadsOption,
     ThresholdOption,
 )
 from quasr.cli.outputs import Files, Printed, Style
@@ -67,7 +68,6 @@ WidthOption = Annotated[
     int | None, typer.Option("--max-line-width", min=1, help="Most columns of a line of subtitles.")
 ]
 CountOption = Annotated[int | None, typer.Option("--max-line-count", min=1, help="Most lines of a subtitle.")]
-ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="Of torch on the CPU.")]
 ChunkOption = Annotated[
     str, typer.Option("--chunk", help="Cut long audio: vad (in pauses), qwen (every 20 minutes) or none.")
 ]

@@ -46,8 +46,18 @@ def ask(module: str, question: str, environment: Mapping[str, str] | None = None
     return Answer(None, _reason(done))
 
 
+def end_at_interrupt() -> None:
+    """For a process that `ask` starts: Ctrl-C ends it at once, unless it is ignored.
+
+    As an exception it may be swallowed by FFmpeg's callbacks, and a clip would count as damaged.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def _reason(done: subprocess.CompletedProcess[str]) -> str:
     if done.returncode < 0:
-        return f"the process was ended by {signal.Signals(-done.returncode).name}: probably out of memory"
+        name = signal.Signals(-done.returncode).name
+        return f"the process was ended by {name}" + (": probably out of memory" if name == "SIGKILL" else "")
     last = (done.stderr.strip().splitlines() or ["no reason was given"])[-1]
     return f"{last[:MESSAGE_LENGTH]} (exit code {done.returncode})"

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quasr.errors import QuasrError
+from quasr.evaluation.process import end_at_interrupt
 from quasr.types import TranscribeOptions
 
 if TYPE_CHECKING:
@@ -147,4 +148,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    end_at_interrupt()
     sys.exit(main())
