@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from pathlib import Path  # noqa: TC003  (Typer reads the annotations)
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -34,40 +34,52 @@ METHODS = ("rtn", "gptq", "awq")
 COLUMNS = ("layers", "scheme", "count", "parameters", "bytes")
 
 
+ModelArgument = Annotated[str, typer.Argument(help="'demo', a checkpoint folder, or a hub id.", show_default=False)]
+ToOption = Annotated[str, typer.Option("--to", help="int8, int8-g64, int4, int4-g64, llm-int8, nf4, ...")]
+OutputOption = Annotated[Path, typer.Option("--output", "-o", help="The folder to write; it must not exist.")]
+GroupOption = Annotated[
+    int | None, typer.Option("--group", help="Weights that share a scale, for int8 and int4: 128, 64 or 32.")
+]
+RuleOption = Annotated[
+    list[str] | None,
+    typer.Option("--rule", help="PATTERN=SCHEME for some layers, such as 'decoder.layers.0.*=int8'. Repeatable."),
+]
+MethodOption = Annotated[
+    str, typer.Option("--method", help="rtn: round to nearest. gptq, awq: for int4, calibrated on real clips.")
+]
+CalibrationOption = Annotated[
+    Path | None, typer.Option("--calibration", help="Of gptq and awq: JSONL, the path of a clip on each line.")
+]
+ResumeOption = Annotated[
+    bool, typer.Option("--resume", help="Go on with a calibration that was interrupted, from OUTPUT.work.")
+]
+LanguagesOption = Annotated[
+    str | None, typer.Option("--languages", help="Drop the tokens that these never use: codes, such as en,zh.")
+]
+KeepOption = Annotated[
+    Path | None, typer.Option("--keep-tokens-from", help="Text (.txt, .xz) whose tokens stay; others may go.")
+]
+FormatOption = Annotated[str, typer.Option("--format", help="quasr, or compressed-tensors: int4 for transformers.")]
+StoredOption = Annotated[
+    str, typer.Option("--dtype", help="Of scales and of what is not quantised. auto: the checkpoint's, or bf16.")
+]
+
+
 def quantize(
-    model: Annotated[str, typer.Argument(help="'demo', a checkpoint folder, or a hub id.", show_default=False)],
-    to: Annotated[str, typer.Option("--to", help="int8, int8-g64, int4, int4-g64, llm-int8, nf4, ...")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write; it must not exist.")],
-    group: Annotated[
-        int | None, typer.Option("--group", help="Weights that share a scale, for int8 and int4: 128, 64 or 32.")
-    ] = None,
-    rule: Annotated[
-        list[str] | None,
-        typer.Option("--rule", help="PATTERN=SCHEME for some layers, such as 'decoder.layers.0.*=int8'. Repeatable."),
-    ] = None,
-    method: Annotated[
-        str, typer.Option("--method", help="rtn: round to nearest. gptq, awq: for int4, calibrated on real clips.")
-    ] = "rtn",
-    calibration: Annotated[
-        Path | None, typer.Option("--calibration", help="Of gptq and awq: JSONL, the path of a clip on each line.")
-    ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with a calibration that was interrupted, from OUTPUT.work.")
-    ] = False,
-    languages: Annotated[
-        str | None, typer.Option("--languages", help="Drop the tokens that these never use: codes, such as en,zh.")
-    ] = None,
-    keep_tokens_from: Annotated[
-        Path | None, typer.Option("--keep-tokens-from", help="Text (.txt, .xz) whose tokens stay; others may go.")
-    ] = None,
-    folder_format: Annotated[
-        str, typer.Option("--format", help="quasr, or compressed-tensors: int4 for transformers.")
-    ] = "quasr",
+    model: ModelArgument,
+    to: ToOption,
+    output: OutputOption,
+    group: GroupOption = None,
+    rule: RuleOption = None,
+    method: MethodOption = "rtn",
+    calibration: CalibrationOption = None,
+    resume: ResumeOption = False,
+    languages: LanguagesOption = None,
+    keep_tokens_from: KeepOption = None,
+    folder_format: FormatOption = "quasr",
     threshold: ThresholdOption = None,
     device: DeviceOption = "auto",
-    dtype: Annotated[
-        str, typer.Option("--dtype", help="Of scales and of what is not quantised. auto: the checkpoint's, or bf16.")
-    ] = "auto",
+    dtype: StoredOption = "auto",
     hub: HubOption = "huggingface",
     revision: RevisionOption = None,
     offline: OfflineOption = False,

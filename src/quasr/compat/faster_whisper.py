@@ -181,17 +181,20 @@ class WhisperModel:
         given = locals()
         _refuse(task, word_timestamps, clip_timestamps, initial_prompt)
         warn_ignored(_ignored(given))
-        overrides: dict[str, Any] = {
-            "language": self._language(language),
-            "context": " ".join(str(hint) for hint in (initial_prompt, hotwords) if hint),
-            "max_new_tokens": max_new_tokens,
-        }
+        context = " ".join(str(hint) for hint in (initial_prompt, hotwords) if hint)
+        overrides: dict[str, Any] = {"language": self._language(language), "context": context}
+        overrides["max_new_tokens"] = max_new_tokens
         if chunk_length is not None:
             overrides["piece_seconds"] = float(chunk_length)
+        return self._transcribe(audio, overrides)
+
+    def _transcribe(
+        self, audio: str | BinaryIO | NDArray[Any], overrides: dict[str, Any]
+    ) -> tuple[Iterator[Segment], TranscriptionInfo]:
         samples = decode((audio, SAMPLE_RATE) if isinstance(audio, np.ndarray) else audio)
-        segments = self._segments(samples, overrides)
-        first = next(segments, None) if language is None else None
-        info = _info(TranscribeOptions(**overrides), first, len(samples) / SAMPLE_RATE)
+        options, segments = TranscribeOptions(**overrides), self._segments(samples, overrides)
+        first = next(segments, None) if options.language is None else None
+        info = _info(options, first, len(samples) / SAMPLE_RATE)
         return map(_segment, segments if first is None else chain([first], segments)), info
 
     def _segments(self, samples: NDArray[np.float32], overrides: dict[str, Any]) -> Iterator[types.Segment]:
