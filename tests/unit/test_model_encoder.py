@@ -30,17 +30,28 @@ def test_sinusoids_by_hand() -> None:
 
 
 def test_windows_of_a_ragged_batch(encoder: AudioEncoder) -> None:
-    """801 frames: 8 chunks fill a window, the ninth stands in the next; 30 frames: a window of 4 tokens."""
+    """801 frames: 8 chunks fill a row; the ninth stands in the next, beside the other clip's only window."""
     plan = plan_windows(encoder.config, [801, 30], torch.device("cpu"))
-    assert plan.lengths.tolist() == [104, 1, 4]
-    assert plan.slots.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 16]
-    assert (plan.windows, plan.window_chunks) == (3, 8)
+    assert plan.slots.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
+    assert plan.tokens.tolist() == [*range(104), 104, 117, 118, 119, 120]
+    assert plan.owners is not None
+    assert plan.owners.tolist() == [[0] * 104, [1] + [-1] * 12 + [2] * 4 + [-1] * (104 - 17)]
+    assert (plan.rows, plan.row_chunks) == (2, 8)
 
 
-def test_windows_are_as_wide_as_needed(encoder: AudioEncoder) -> None:
-    plan = plan_windows(encoder.config, [150, 30], torch.device("cpu"))
-    assert plan.lengths.tolist() == [20, 4]
-    assert (plan.slots.tolist(), plan.windows, plan.window_chunks) == ([0, 1, 2], 2, 2)
+def test_rows_are_as_wide_as_needed_and_no_window_is_cut(encoder: AudioEncoder) -> None:
+    plan = plan_windows(encoder.config, [150, 30, 100], torch.device("cpu"))
+    assert (plan.slots.tolist(), plan.rows, plan.row_chunks) == ([0, 1, 2, 3], 2, 2)
+    gaps = plan_windows(encoder.config, [150, 250, 30], torch.device("cpu"))
+    assert (gaps.slots.tolist(), gaps.rows, gaps.row_chunks) == ([0, 1, 3, 4, 5, 2], 2, 3)
+
+
+def test_full_windows_need_no_mask(encoder: AudioEncoder) -> None:
+    assert plan_windows(encoder.config, [1600, 800], torch.device("cpu")).mask() is None
+    mask = plan_windows(encoder.config, [100, 150], torch.device("cpu")).mask()
+    assert mask is not None
+    assert mask.shape == (2, 1, 26, 26)
+    assert mask[1, 0].sum(1).tolist() == [20] * 20 + [6] * 6
 
 
 def test_windows_do_not_see_each_other(encoder: AudioEncoder) -> None:

@@ -34,7 +34,7 @@ HOST_PROCESS = 350_000_000
 PROMPT_TOKENS = 64
 """Template, language, and a short context."""
 
-STEM_SLICE = 32
+STEM_SLICE = 16
 """Chunks that the encoder's stem takes at once."""
 
 HEAD_NUMBERS = 1 << 25

@@ -9,18 +9,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from quasr.model.transfer import to_device
+
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from quasr.model.config import AudioConfig
 
-STEM_SLICE = 32
+STEM_SLICE = 16
 """Chunks that go through the stem at once: bounds its memory whatever the clip's length."""
 
 MAX_TIMESCALE = 1e4
@@ -42,38 +46,77 @@ def layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
     return y.to(norm.weight.dtype)
 
 
+@cache
+def _positions(length: int, channels: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    with torch.inference_mode(False):
+        return sinusoids(length, channels, device).to(dtype)
+
+
 @dataclass(frozen=True, slots=True)
 class WindowPlan:
-    """Where every clip's chunks go when windows are rows of one tensor.
+    """Where everything stands when windows lie in rows of `row_chunks` chunks, short ones beside each other.
 
-    slots: (chunks,) position of each chunk among `windows * window_chunks` places.
-    lengths: (windows,) valid tokens of each window.
+    slots: (chunks,) place of each chunk among `rows * row_chunks`; tokens: (tokens,) place of each token among
+    `rows * row_chunks * chunk_tokens`, clip after clip; owners: (rows, places of a row) the window that a place belongs
+    to, -1 where it holds no token; None where every row is one full window.
     """
 
     slots: Tensor
-    lengths: Tensor
-    windows: int
-    window_chunks: int
+    tokens: Tensor
+    owners: Tensor | None
+    rows: int
+    row_chunks: int
+
+    def mask(self) -> Tensor | None:
+        """(rows, 1, places, places) bool: a token sees its own window. Places without token see each other."""
+        if self.owners is None:
+            return None
+        return self.owners[:, None, :, None] == self.owners[:, None, None, :]
 
 
 def plan_windows(config: AudioConfig, frames: Sequence[int], device: torch.device) -> WindowPlan:
-    """Lays the chunks of all clips into windows; windows are as wide as the widest clip needs, at most full."""
-    chunks = [math.ceil(n / config.chunk_frames) for n in frames]
-    wide = min(config.window_chunks, max(chunks))
-    slots: list[int] = []
-    lengths: list[int] = []
-    for count, n in zip(chunks, frames, strict=True):
-        base = len(lengths) * wide
-        slots.extend(range(base, base + count))
-        tokens = config.token_count(n)
-        full, rest = divmod(tokens, wide * config.chunk_tokens)
-        lengths.extend([wide * config.chunk_tokens] * full + [rest] * (rest > 0))
+    """Lays the windows of all clips into rows, first fit; rows are as wide as the widest window.
+
+    It is made on the host, so that nothing waits for the device.
+    """
+    windows = [window for count in frames for window in _windows(config, count)]
+    chunks = [math.ceil(tokens / config.chunk_tokens) for tokens in windows]
+    wide = max(chunks)
+    begins, rows = _first_fit(chunks, wide)
+    owners = np.full(rows * wide * config.chunk_tokens, -1)
+    for window, (begin, tokens) in enumerate(zip(begins, windows, strict=True)):
+        owners[begin * config.chunk_tokens :][:tokens] = window
+    full = all(tokens == wide * config.chunk_tokens for tokens in windows)
     return WindowPlan(
-        slots=torch.tensor(slots, device=device),
-        lengths=torch.tensor(lengths, device=device),
-        windows=len(lengths),
-        window_chunks=wide,
+        slots=to_device(_ranges(begins, chunks), device),
+        tokens=to_device(_ranges([begin * config.chunk_tokens for begin in begins], windows), device),
+        owners=None if full else to_device(owners, device).view(rows, -1),
+        rows=rows,
+        row_chunks=wide,
     )
+
+
+def _windows(config: AudioConfig, frames: int) -> Iterator[int]:
+    """Tokens of each window of a clip."""
+    for start in range(0, frames, config.window_frames):
+        yield config.token_count(min(config.window_frames, frames - start))
+
+
+def _first_fit(sizes: Sequence[int], wide: int) -> tuple[list[int], int]:
+    """Begins of parts of these sizes, none of which crosses a multiple of `wide`; and how many multiples it takes."""
+    rows: list[int] = []
+    begins = []
+    for size in sizes:
+        row = next((index for index, used in enumerate(rows) if used + size <= wide), len(rows))
+        rows[row:] = rows[row:] or [0]
+        begins.append(row * wide + rows[row])
+        rows[row] += size
+    return begins, len(rows)
+
+
+def _ranges(begins: Sequence[int], sizes: Sequence[int]) -> np.ndarray:
+    """begin, begin + 1, ... of each size, one after the other."""
+    return np.concatenate([np.arange(begin, begin + size) for begin, size in zip(begins, sizes, strict=True)])
 
 
 class Stem(nn.Module):
@@ -93,8 +136,7 @@ class Stem(nn.Module):
         for conv in (self.conv2d1, self.conv2d2, self.conv2d3):
             x = F.gelu(conv(x))
         x = self.conv_out(x.permute(0, 3, 1, 2).flatten(2))
-        positions = sinusoids(x.shape[1], x.shape[2], x.device)
-        return x + positions.to(x.dtype)
+        return x + _positions(x.shape[1], x.shape[2], x.device, x.dtype)
 
 
 class EncoderAttention(nn.Module):
@@ -145,21 +187,23 @@ class AudioEncoder(nn.Module):
         self.linear_2 = nn.Linear(config.width, config.output)
 
     def forward(self, mels: Sequence[Tensor]) -> Tensor:
-        """Clips of (mel_bins, frames), ragged -> (all tokens, output), clip after clip.
+        """Clips of (mel_bins, frames), ragged -> (all tokens, output), clip after clip. As `encode`."""
+        return self.encode(torch.cat([mel.T for mel in mels]), [mel.shape[1] for mel in mels])
 
-        Clip i owns `config.token_count(frames_i)` rows. A clip's rows do not depend on the other clips.
+    def encode(self, mel: Tensor, frames: Sequence[int]) -> Tensor:
+        """Frames (all, mel_bins), clip after clip, of which clip i has `frames[i]` -> (all tokens, output).
+
+        Clip i owns `config.token_count(frames[i])` rows, which do not depend on the other clips.
         """
-        frames = [mel.shape[1] for mel in mels]
-        plan = plan_windows(self.config, frames, mels[0].device)
-        tokens = self._stem_in_slices(mels)
-        x = tokens.new_zeros(plan.windows * plan.window_chunks, *tokens.shape[1:])
-        x = x.index_copy(0, plan.slots, tokens).view(plan.windows, -1, self.config.width)
-        valid = torch.arange(x.shape[1], device=x.device) < plan.lengths[:, None]
-        return self.project(self.transform(x, valid)[valid])
+        plan = plan_windows(self.config, frames, mel.device)
+        tokens = torch.cat([self.stem(part) for part in self._chunks(mel, frames).split(STEM_SLICE)])
+        x = tokens.new_zeros(plan.rows * plan.row_chunks, *tokens.shape[1:])
+        x = x.index_copy_(0, plan.slots, tokens).view(plan.rows, -1, self.config.width)
+        del tokens
+        return self.project(self.transform(x, plan.mask()).flatten(0, 1)[plan.tokens])
 
-    def transform(self, x: Tensor, valid: Tensor) -> Tensor:
-        """The transformer layers on (windows, tokens, width), `valid` (windows, tokens) bool; no final norm."""
-        mask = None if bool(valid.all()) else valid[:, None, None, :]
+    def transform(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """The transformer layers on (rows, places, width), `mask` as `WindowPlan.mask`; no final norm."""
         x = x.to(residual_dtype(x.dtype))
         for layer in self.layers:
             x = layer(x, mask)
@@ -169,15 +213,14 @@ class AudioEncoder(nn.Module):
         """Final norm and projector: (..., width) -> (..., output)."""
         return self.linear_2(F.gelu(self.linear_1(layer_norm(self.ln_post, x))))
 
-    def _stem_in_slices(self, mels: Sequence[Tensor]) -> Tensor:
-        chunks = torch.cat([self._chunk(mel) for mel in mels])
-        return torch.cat([self.stem(part) for part in chunks.split(STEM_SLICE)])
-
-    def _chunk(self, mel: Tensor) -> Tensor:
-        """(mel_bins, frames) -> (chunks, mel_bins, chunk_frames), the last chunk padded with zeros."""
+    def _chunks(self, mel: Tensor, frames: Sequence[int]) -> Tensor:
+        """Frames of all clips -> (chunks, mel_bins, chunk_frames), each clip's last chunk padded with zeros."""
         size = self.config.chunk_frames
-        padded = F.pad(mel, (0, -mel.shape[1] % size))
-        return padded.unflatten(1, (-1, size)).transpose(0, 1)
+        counts = [math.ceil(count / size) for count in frames]
+        begins = np.cumsum([0, *counts[:-1]]) * size
+        places = to_device(_ranges(begins.tolist(), frames), mel.device)
+        padded = mel.new_zeros(sum(counts) * size, mel.shape[1]).index_copy_(0, places, mel)
+        return padded.unflatten(0, (-1, size)).transpose(1, 2)
 
 
 def residual_dtype(weights: torch.dtype) -> torch.dtype:
