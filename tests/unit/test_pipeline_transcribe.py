@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -54,6 +55,8 @@ class ScriptedEngine:
 
 
 class Characters:
+    special = SimpleNamespace(asr_text=-1)
+
     def decode(self, ids: Sequence[int]) -> str:
         return "".join(map(chr, ids))
 

@@ -35,8 +35,17 @@ if TYPE_CHECKING:
 CONFIDENT = 0.8
 """Probability of speech from which the detector's word is taken for a fact."""
 
+LIKELY = 0.5
+"""Probability from which a window counts as speech, as in the cut plan."""
+
 CONFIDENT_SECONDS = 0.5
 """So much confident speech holds a word; shorter cries and clicks may well have no text."""
+
+DOUBTFUL_SECONDS = 0.2
+"""Less speech than this holds no words: of 533 spoken clips the one with least has 0.42 s (`docs/log.md`)."""
+
+UNSURE = -0.5
+"""Mean log-probability of a text from which the detector is not asked: its time would be wasted on sure texts."""
 
 SPEECH_RANGE = 15.0
 """dB that speech stands above the quiet fifth of its own piece: the energy detector alone takes steady noise for it."""
@@ -59,6 +68,7 @@ _FAULTS = {
     "empty_on_speech": "there is speech but no text",
     "context_echo": "the text is only words of the context",
     "language_flip": "the language is not that of the other pieces",
+    "doubtful_speech": "there are words where hardly anybody speaks",
 }
 _CUT_ANEW = frozenset({"repetition", "token_budget", "empty_on_speech"})
 _IDEOGRAPHS = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
@@ -140,6 +150,13 @@ class Case:
         found = {part.language for part in parts if part.text and part.language}
         return bool(self.majority and not self.forced and found - {self.majority})
 
+    def doubts(self, parts: Sequence[Part]) -> bool:
+        """Whether an unsure text has next to no speech under it. Energy alone cannot tell music from speech."""
+        if not _words(_text(parts)) or self.text_logprob(parts) >= UNSURE:
+            return False
+        name, probability = _heard(self.piece.samples)
+        return name != "energy" and _seconds(probability >= LIKELY) < DOUBTFUL_SECONDS
+
     def text_logprob(self, parts: Iterable[Part]) -> float:
         """The mean over the tokens behind `<asr_text>`, so with and without a language head; minus infinity if none."""
         tag, found = self.tokenizer.special.asr_text, list[float]()
@@ -207,13 +224,22 @@ def majority_language(pieces: Counter[str]) -> str:
 
 def speaks(samples: NDArray[np.float32]) -> bool:
     """Whether (n,) samples at 16 kHz hold at least half a second of what is certainly speech."""
+    return _seconds(_heard(samples)[1] >= CONFIDENT) >= CONFIDENT_SECONDS
+
+
+def _heard(samples: NDArray[np.float32]) -> tuple[str, NDArray[np.float64]]:
+    """The detector's name, and its probability of speech in each window of (n,) samples."""
     chosen = detector()
     activity = [chosen.feed(samples), chosen.finish()]
     probability = np.concatenate([part.probability for part in activity])
     if chosen.name == "energy":
         level = 20 * np.log10(np.maximum(np.concatenate([part.level for part in activity]), 1e-6))
         probability = np.where(level >= np.percentile(level, 20) + SPEECH_RANGE, probability, 0.0)
-    return int(np.count_nonzero(probability >= CONFIDENT)) * WINDOW_SECONDS >= CONFIDENT_SECONDS
+    return chosen.name, probability
+
+
+def _seconds(windows: NDArray[np.bool_]) -> float:
+    return int(np.count_nonzero(windows)) * WINDOW_SECONDS
 
 
 def warning(

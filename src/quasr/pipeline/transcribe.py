@@ -290,6 +290,8 @@ def _guarded(engines: Engines, setup: Setup, task: Task, part: Part, majority: s
         verdict = compare(case, [part], again, _again(engines.second(), setup, task, again, pieces))
     budget, retry = task.request.max_new_tokens, engines.retry
     task.job.notices += [warning(code, task.piece, helped, budget, retry) for code, helped in verdict.faults.items()]
+    if setup.options.guards and case.doubts(verdict.parts):
+        task.job.notices.append(warning("doubtful_speech", task.piece))
     return verdict.parts
 
 
