@@ -28,11 +28,11 @@ MEMINFO = Path("/proc/meminfo")
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A checkpoint folder, and what was read of it."""
+    """A checkpoint folder, what was read of it, and the tokens that end a transcript."""
 
     folder: Path
     config: ModelConfig
-    tokenizer: Tokenizer
+    stops: frozenset[int]
 
 
 def stop_ids(config: ModelConfig, tokenizer: Tokenizer) -> frozenset[int]:
@@ -52,7 +52,7 @@ def torch_engine(source: Source, placement: Placement, recipe: Recipe, offload: 
     if offload:
         return _offloaded_engine(source, placement, recipe, offload)
     network, scheme = load_network(source.folder, source.config, recipe, placement.dtype, placement.device)
-    return TorchEngine(network, stop_ids(source.config, source.tokenizer), placement, scheme)
+    return TorchEngine(network, source.stops, placement, scheme)
 
 
 def _offloaded_engine(source: Source, placement: Placement, recipe: Recipe, count: int) -> Engine:
@@ -67,7 +67,7 @@ def _offloaded_engine(source: Source, placement: Placement, recipe: Recipe, coun
     offload(network, count, placement.device)
     slower = f"{count} of {source.config.text.layers} decoder layers stay in main memory: slower"
     where = replace(placement, reasons=(*placement.reasons, slower))
-    return TorchEngine(network, stop_ids(source.config, source.tokenizer), where, scheme)
+    return TorchEngine(network, source.stops, where, scheme)
 
 
 def second_tries(source: Source, placement: Placement, recipe: Recipe, *, planned: bool) -> Retry:

@@ -12,7 +12,7 @@ from quasr.engine.device import DTYPES, choose
 from quasr.engine.plan import Wish, parse_memory
 from quasr.errors import AudioError, CheckpointError, OptionError
 from quasr.model.config import read_config
-from quasr.pipeline.engines import Source, second_tries, torch_engine
+from quasr.pipeline.engines import Source, second_tries, stop_ids, torch_engine
 from quasr.pipeline.planning import Precision, plan_folder
 from quasr.pipeline.retry import SAME_WEIGHTS
 from quasr.pipeline.transcribe import Setup, stream_segments, transcribe
@@ -74,11 +74,12 @@ def load(
         precision = Precision(placement.device.type, _dtype(compute_type, dtype), compute_type, threshold)
         planned = plan_folder(folder, config, precision, wish)
         recipe, placement = planned.chosen.candidate.recipe, _as_planned(placement, planned)
-    source = Source(folder, config, Tokenizer.from_folder(folder))
-    check_vocabulary(config, source.tokenizer)
+    tokenizer = Tokenizer.from_folder(folder)
+    check_vocabulary(config, tokenizer)
+    source = Source(folder, config, stop_ids(config, tokenizer))
     engine = torch_engine(source, placement, recipe, offload)
     retry = second_tries(source, placement, recipe, planned=planned is not None)
-    return Transcriber(engine, source.tokenizer, config, defaults, retry, planned.chosen.work if planned else None)
+    return Transcriber(engine, tokenizer, config, defaults, retry, planned.chosen.work if planned else None)
 
 
 class Transcriber:
