@@ -1,0 +1,71 @@
+"""The systems one after the other, each in processes of its own: one with cold kernel caches, one with warm ones."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from quasr.bench.job import Bandwidth, Measurement
+from quasr.errors import OptionError
+from quasr.evaluation.process import ask
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from quasr.bench.job import Job, Start
+
+WORKER = "quasr.bench.worker"
+
+CACHES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "CUDA_CACHE_PATH")
+"""Environment variables that say where compiled kernels are kept."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One system. `cold`: the start with empty kernel caches; of a failure there is `error` alone."""
+
+    system: str
+    error: str | None = None
+    cold: Start | None = None
+    measured: Measurement | None = None
+
+
+def bandwidth(job: Job) -> Bandwidth:
+    """Of the job's device. Raises OptionError with the reason where that cannot be measured."""
+    found = ask(WORKER, replace(job, task="bandwidth").to_json())
+    if found.text is None:
+        raise OptionError(f"the memory bandwidth cannot be measured: {found.error}")
+    return Bandwidth(**json.loads(found.text))
+
+
+def bench(job: Job, systems: Sequence[str], told: Callable[[str], None]) -> list[Row]:
+    """A row for each system, in order; one that fails says why and does not stop the others.
+
+    `job.system` is replaced by each. `told` gets the name of a system when it starts.
+    """
+    rows = []
+    for system in systems:
+        told(system)
+        rows.append(_row(replace(job, system=system)))
+    return rows
+
+
+def _row(job: Job) -> Row:
+    with tempfile.TemporaryDirectory(prefix="quasr-kernels-") as folder:
+        environment = dict.fromkeys(CACHES, folder)
+        cold = _measure(replace(job, task="first"), environment)
+        if isinstance(cold, str):
+            return Row(job.system, error=cold)
+        warm = _measure(replace(job, task="all"), environment)
+    if isinstance(warm, str):
+        return Row(job.system, error=warm, cold=cold.start)
+    return Row(job.system, cold=cold.start, measured=warm)
+
+
+def _measure(job: Job, environment: dict[str, str]) -> Measurement | str:
+    """The measurement, or in one line why there is none."""
+    found = ask(WORKER, replace(job, spawned=time.time()).to_json(), environment)
+    return found.error if found.text is None else Measurement.from_json(found.text)
