@@ -18,10 +18,10 @@ import quasr
 from quasr.errors import CheckpointError, HubError, ModelNotFoundError, OptionError, QuasrError, ResourceError
 from quasr.weights import hub as hub_module
 from quasr.weights import huggingface, modelscope, record
-from quasr.weights.hub import HubOptions, resolve, verify
+from quasr.weights.hub import HubOptions, resolve, resolve_config, verify
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 WEIGHTS = bytes(range(256)) * 400
 FILES = {
@@ -57,9 +57,15 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != record.RECORD_FILE}
 
 
-def refused(kind: type[QuasrError], options: HubOptions, *words: str, model: str = MODEL) -> None:
+def refused(
+    kind: type[QuasrError],
+    options: HubOptions,
+    *words: str,
+    model: str = MODEL,
+    resolver: Callable[[str, HubOptions], Path] = resolve,
+) -> None:
     with pytest.raises(kind) as caught:
-        resolve(model, options)
+        resolver(model, options)
     assert type(caught.value) is kind
     message = str(caught.value)
     assert "\n" not in message
@@ -68,7 +74,7 @@ def refused(kind: type[QuasrError], options: HubOptions, *words: str, model: str
 
 
 def test_local_folder_needs_no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub_module, "_fetch", None)
+    monkeypatch.setattr(hub_module, "_client", None)
     assert resolve(str(tmp_path), HubOptions()) == tmp_path
 
 
@@ -119,6 +125,43 @@ def test_second_time_downloads_nothing(hub: Hub, options: HubOptions, caplog: py
     assert resolve(MODEL, options) == folder
     assert hub.requests == []
     assert "re-uploaded" not in caplog.text
+
+
+def test_the_config_alone_comes_without_weights(hub: Hub, options: HubOptions) -> None:
+    hub.files["quasr_quantization.json"] = b"{}"
+    hub.files["generation_config.json"] = b"{ }"
+    names = {"config.json", "quasr_quantization.json", "generation_config.json"}
+    refused(ModelNotFoundError, offline(options), "without --offline", resolver=resolve_config)
+    folder = resolve_config(MODEL, options)
+    assert contents(folder) == {name: hub.files[name] for name in names}
+    assert set(hub.downloads()) == names
+    hub.requests.clear()
+    assert resolve_config(MODEL, options) == resolve_config(MODEL, offline(options)) == folder
+    assert hub.downloads() == []
+    # It does not pass for the checkpoint, and is no obstacle to it.
+    refused(ModelNotFoundError, offline(options), "without --offline")
+    whole = resolve(MODEL, options)
+    assert contents(whole).keys() == NEEDED | names
+    assert verify(whole) == []
+
+
+def test_the_config_of_a_cached_checkpoint(hub: Hub, options: HubOptions) -> None:
+    whole = resolve(MODEL, options)
+    assert resolve_config(MODEL, offline(options)) == whole
+    hub.files["config.json"] = b'{"model_type": "changed"}'
+    hub.commit = "b" * 40
+    assert (resolve_config(MODEL, options) / "config.json").read_bytes() == hub.files["config.json"]
+
+
+def test_no_config_no_checkpoint(hub: Hub, options: HubOptions) -> None:
+    del hub.files["config.json"]
+    refused(ModelNotFoundError, options, "no config.json", resolver=resolve_config)
+    assert hub.downloads() == []
+
+
+def test_local_configs_need_no_hub(tmp_path: Path) -> None:
+    assert resolve_config(str(tmp_path), HubOptions()) == tmp_path
+    assert resolve_config("demo", HubOptions()) == resolve("demo", HubOptions())
 
 
 def test_resumes_after_a_cut(hub: Hub, options: HubOptions, monkeypatch: pytest.MonkeyPatch) -> None:

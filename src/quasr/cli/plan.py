@@ -40,15 +40,15 @@ def plan(
     revision: RevisionOption = None,
     offline: OfflineOption = False,
 ) -> int:
-    """Show what fits into an amount of memory, from the model's config alone."""
+    """Show what fits into an amount of memory, from the model's config alone: no weights are fetched or read."""
     from quasr.engine.plan import Wish, parse_duration, parse_memory
     from quasr.model.config import read_config
     from quasr.pipeline.planning import Precision, plan_folder
-    from quasr.weights.hub import HubOptions, resolve
+    from quasr.weights.hub import HubOptions, resolve_config
 
     wish = Wish(parse_memory(memory), None if audio is None else parse_duration(audio), batch)
     precision = Precision(_device(device), _dtype(dtype), compute_type, threshold)
-    folder = resolve(model, HubOptions(hub=hub, revision=revision, offline=offline))
+    folder = resolve_config(model, HubOptions(hub=hub, revision=revision, offline=offline))
     found = plan_folder(folder, read_config(folder), precision, wish)
     result(aligned([COLUMNS, *map(_cells, found.rows)]))
     _explain(found, precision.device)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from quasr.errors import ModelNotFoundError, OptionError
 from quasr.weights.record import verify
 
-__all__ = ["HubOptions", "resolve", "verify"]
+__all__ = ["HubOptions", "resolve", "resolve_config", "verify"]
 
 DEMO_FOLDER = Path(__file__).parent.parent / "demo" / "model"
 """Part of the installed package."""
@@ -33,6 +34,18 @@ def resolve(model: str, options: HubOptions) -> Path:
     A hub's files are fetched unless they are cached and unchanged; `HF_ENDPOINT` and `MODELSCOPE_ENDPOINT` name
     mirrors. Raises ModelNotFoundError, HubError (network, refusal, wrong content), ResourceError (disk) or OptionError.
     """
+    here = _local(model)
+    return _client(options.hub).fetch(model, options) if here is None else here
+
+
+def resolve_config(model: str, options: HubOptions) -> Path:
+    """As `resolve`, but of a hub's model no more is fetched than its configuration: a folder without weights."""
+    here = _local(model)
+    return _client(options.hub).fetch_config(model, options) if here is None else here
+
+
+def _local(model: str) -> Path | None:
+    """The folder of what needs no hub; None for an id."""
     if model == "demo":
         return _demo()
     path = Path(model).expanduser()
@@ -42,7 +55,7 @@ def resolve(model: str, options: HubOptions) -> Path:
         raise ModelNotFoundError(f"{model} is a file: give the checkpoint's folder")
     if not MODEL_ID.fullmatch(model):
         raise ModelNotFoundError(f"no model folder {model!r}: give a folder, a hub id such as org/name, or 'demo'")
-    return _fetch(model, options)
+    return None
 
 
 def _demo() -> Path:
@@ -51,14 +64,15 @@ def _demo() -> Path:
     return DEMO_FOLDER
 
 
-def _fetch(model: str, options: HubOptions) -> Path:
+def _client(hub: str) -> Any:
+    """The module with `fetch` and `fetch_config` for a hub. Raises OptionError."""
     # Each client is imported when it is needed: huggingface_hub alone takes longer than `quasr --help` may.
-    if options.hub == "huggingface":
+    if hub == "huggingface":
         from quasr.weights import huggingface
 
-        return huggingface.fetch(model, options)
-    if options.hub == "modelscope":
+        return huggingface
+    if hub == "modelscope":
         from quasr.weights import modelscope
 
-        return modelscope.fetch(model, options)
-    raise OptionError(f"unknown hub {options.hub!r}: there are huggingface and modelscope")
+        return modelscope
+    raise OptionError(f"unknown hub {hub!r}: there are huggingface and modelscope")

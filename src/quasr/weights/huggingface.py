@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from huggingface_hub import HfApi, constants, errors, snapshot_download
 
 from quasr.errors import HubError, ModelNotFoundError, QuasrError
 from quasr.weights.record import (
+    CONFIG_FILES,
     WANTED,
     Listing,
     LocalFile,
@@ -29,7 +31,7 @@ from quasr.weights.record import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from quasr.weights.hub import HubOptions
 
@@ -39,6 +41,8 @@ TIMEOUT = 30
 """Seconds for the hub's answer about a model."""
 
 DEFAULT_REVISION = "main"
+
+PATTERNS = [f"*{ending}" for ending in WANTED]
 
 REFUSALS: tuple[tuple[type[Exception], type[QuasrError], str], ...] = (
     (errors.GatedRepoError, HubError, "{} is gated: accept its terms on its page, then set HF_TOKEN"),
@@ -60,7 +64,7 @@ def fetch(model: str, options: HubOptions) -> Path:
     before = _cached(model, revision, options)
     if options.offline or constants.HF_HUB_OFFLINE:
         if before is None:
-            raise ModelNotFoundError(f"{model} ({revision}) is not in the cache: run once without --offline")
+            raise _not_cached(model, revision)
         return check_cached(before, model)
     with _one_line_errors(model, is_cached=before is not None):
         listing = _ask(model, revision)
@@ -75,7 +79,31 @@ def fetch(model: str, options: HubOptions) -> Path:
     return folder
 
 
-def _cached(model: str, revision: str, options: HubOptions) -> Path | None:
+def fetch_config(model: str, options: HubOptions) -> Path:
+    """The configuration in a cache of its own, up to date. See `hub.resolve_config`."""
+    revision = options.revision or DEFAULT_REVISION
+    # In the common cache a snapshot without weights would take the place of an older whole one.
+    root = options.cache_dir or Path.home() / ".cache" / "quasr"
+    bare = replace(options, cache_dir=root / "huggingface-configs")
+    if options.offline or constants.HF_HUB_OFFLINE:
+        found = _cached(model, revision, bare, CONFIG_FILES) or _cached(model, revision, options)
+        if found is None:
+            raise _not_cached(model, revision)
+        return found
+    with _one_line_errors(model, is_cached=_cached(model, revision, bare, CONFIG_FILES) is not None):
+        listing = _ask(model, revision).config_only()
+        if CONFIG_FILES[0] not in listing.files:
+            raise ModelNotFoundError(f"{model} has no {CONFIG_FILES[0]}: it is no checkpoint")
+        folder = _download(model, revision, listing, bare, CONFIG_FILES)
+        _check_contents(folder, model, listing)
+    return folder
+
+
+def _not_cached(model: str, revision: str) -> ModelNotFoundError:
+    return ModelNotFoundError(f"{model} ({revision}) is not in the cache: run once without --offline")
+
+
+def _cached(model: str, revision: str, options: HubOptions, patterns: Sequence[str] = PATTERNS) -> Path | None:
     """The snapshot of a branch or commit in the cache, without network; None if it is absent or incomplete."""
     try:
         return Path(
@@ -84,7 +112,7 @@ def _cached(model: str, revision: str, options: HubOptions) -> Path | None:
                 revision=revision,
                 cache_dir=options.cache_dir,
                 local_files_only=True,
-                allow_patterns=[f"*{ending}" for ending in WANTED],
+                allow_patterns=list(patterns),
             )
         )
     except (errors.LocalEntryNotFoundError, errors.HFValidationError):
@@ -129,14 +157,16 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _download(model: str, revision: str, listing: Listing, options: HubOptions) -> Path:
+def _download(
+    model: str, revision: str, listing: Listing, options: HubOptions, patterns: Sequence[str] = PATTERNS
+) -> Path:
     folder = Path(
         snapshot_download(
             model,
             revision=revision,
             cache_dir=options.cache_dir,
             endpoint=os.environ.get("HF_ENDPOINT"),
-            allow_patterns=[f"*{ending}" for ending in WANTED],
+            allow_patterns=list(patterns),
         )
     )
     # The library falls back to an older snapshot when the network fails half way, with no word about it.

@@ -12,7 +12,7 @@ import shutil
 import ssl
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.error import HTTPError, URLError
@@ -21,6 +21,7 @@ from urllib.request import Request, urlopen
 
 from quasr.errors import HubError, ModelNotFoundError, OptionError
 from quasr.weights.record import (
+    CONFIG_FILES,
     Listing,
     LocalFile,
     RemoteFile,
@@ -81,21 +82,47 @@ class Repository:
 def fetch(model: str, options: HubOptions) -> Path:
     """The cached folder, up to date and with every file's content checked once. See `hub.resolve`."""
     repository = _repository(model, options)
-    old = read_record(repository.folder)
     if options.offline:
-        if old is None:
-            raise ModelNotFoundError(f"{model} ({repository.revision}) is not in the cache: run once without --offline")
-        return check_cached(repository.folder, model)
-    with _one_line_errors(model, is_cached=old is not None):
-        listing = _ask(repository)
-        kept = _unchanged(repository, listing, old)
-        stale = {name: file for name, file in listing.files.items() if name not in kept}
-        if stale or old is None or old.files.keys() != kept.keys():
-            fresh = _download(repository, stale)
-            source = Source("modelscope", model, repository.revision, listing.commit, {**kept, **fresh})
-            _install(repository, source, stale)
-            report_changes(model, old, source)
+        return _cached(repository)
+    with _one_line_errors(model, is_cached=read_record(repository.folder) is not None):
+        _update(repository, _ask(repository))
     return repository.folder
+
+
+def fetch_config(model: str, options: HubOptions) -> Path:
+    """A folder of its own with the configuration, up to date. See `hub.resolve_config`."""
+    whole = _repository(model, options)
+    bare = replace(whole, folder=whole.folder.with_name(f"config-of-{whole.folder.name}"))
+    is_cached = read_record(bare.folder) is not None
+    if options.offline:
+        return _cached(bare if is_cached else whole)
+    with _one_line_errors(model, is_cached=is_cached):
+        listing = _ask(bare).config_only()
+        if CONFIG_FILES[0] not in listing.files:
+            raise ModelNotFoundError(f"{model} has no {CONFIG_FILES[0]}: it is no checkpoint")
+        _update(bare, listing)
+    return bare.folder
+
+
+def _cached(repository: Repository) -> Path:
+    """The folder as it is. Raises ModelNotFoundError and CheckpointError."""
+    if read_record(repository.folder) is None:
+        raise ModelNotFoundError(
+            f"{repository.model} ({repository.revision}) is not in the cache: run once without --offline"
+        )
+    return check_cached(repository.folder, repository.model)
+
+
+def _update(repository: Repository, listing: Listing) -> None:
+    """Brings the folder to what the hub lists."""
+    old = read_record(repository.folder)
+    kept = _unchanged(repository, listing, old)
+    stale = {name: file for name, file in listing.files.items() if name not in kept}
+    if stale or old is None or old.files.keys() != kept.keys():
+        fresh = _download(repository, stale)
+        source = Source("modelscope", repository.model, repository.revision, listing.commit, {**kept, **fresh})
+        _install(repository, source, stale)
+        report_changes(repository.model, old, source)
 
 
 def _repository(model: str, options: HubOptions) -> Repository:

@@ -24,6 +24,9 @@ RECORD_FILE = "quasr_source.json"
 WANTED = (".safetensors", ".json", ".txt")
 """Endings of the files that a checkpoint needs: weights, config and tokenizer."""
 
+CONFIG_FILES = ("config.json", "generation_config.json", "quasr_quantization.json")
+"""All that tells a model's shape and how it is quantised."""
+
 
 @dataclass(frozen=True, slots=True)
 class RemoteFile:
@@ -40,6 +43,10 @@ class Listing:
 
     commit: str
     files: dict[str, RemoteFile]
+
+    def config_only(self) -> Listing:
+        """The same without weights and tokenizer."""
+        return Listing(self.commit, {name: file for name, file in self.files.items() if name in CONFIG_FILES})
 
 
 @dataclass(frozen=True, slots=True)
