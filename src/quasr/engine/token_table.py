@@ -1,0 +1,37 @@
+"""The embedding of an ONNX folder: rows read out of the decoder's own data file, so that the table is held once."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from quasr.export.manifest import EmbeddingTable
+
+
+class TokenTable:
+    """Looks tokens up in a memory map: only pages with tokens that are used are ever read."""
+
+    def __init__(self, folder: Path, table: EmbeddingTable) -> None:
+        self._group = table.group
+        self._zero = np.float32(table.zero_point)
+        path = folder / table.file
+        self._rows: NDArray[Any] = np.memmap(path, table.dtype, "r", table.offset, table.shape)
+        self._scale: NDArray[np.float32] | None = (
+            np.memmap(path, np.float32, "r", table.scale_offset, table.scale_shape) if table.group else None
+        )
+
+    def rows(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        """(n,) tokens -> (n, hidden) float32: code - zero point, times the scale of its group."""
+        index = np.asarray(tokens, dtype=np.intp)
+        rows = self._rows[index].astype(np.float32)
+        if self._scale is None:
+            return rows
+        groups = (rows - self._zero).reshape(len(index), -1, self._group) * self._scale[index][:, :, None]
+        return groups.reshape(rows.shape)
