@@ -138,6 +138,30 @@ def test_the_journal_counts_what_has_all_its_files(tmp_path: Path) -> None:
     assert Journal(tmp_path / "new").key("sub/a") is None
 
 
+def test_what_a_killed_run_left_half_written_is_swept_unless_somebody_works(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    left = [tmp_path / ".quasr-00ff.tmp", tmp_path / "sub" / ".quasr-17.tmp"]
+    kept = [tmp_path / ".other.tmp", tmp_path / "quasr-1.tmp", tmp_path / "else" / ".quasr-2.tmp"]
+    for path in (*left, *kept):
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    journal.sweep(["a", "sub/b"])  # no journal, so no run of ours was here
+    assert all(path.exists() for path in left)
+    journal.begin("a", "k", {"a.txt": "x"})
+    other = Journal(tmp_path)
+    other.sweep(["a", "sub/b"])
+    assert all(path.exists() for path in left)
+    other.close()
+    journal.close()
+    swept = Journal(tmp_path)
+    swept.sweep(["a", "sub/b"])
+    assert not any(path.exists() for path in left)
+    assert all(path.exists() for path in kept)
+    swept.begin("a", "k", {"a.txt": "x"})
+    swept.close()
+    assert len(lines(tmp_path / JOURNAL_FILE)) == 2
+
+
 def test_a_journal_that_was_cut_off_goes_on(tmp_path: Path) -> None:
     first = Journal(tmp_path)
     first.begin("a", "k1", {"a.txt": "text"})

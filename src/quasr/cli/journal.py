@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any
 
 from quasr.errors import OptionError
+from quasr.output.files import TEMPORARY
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
 
     from quasr.cli.inputs import Input
@@ -88,13 +91,32 @@ class Journal:
         self._records[name]["done"] = True
         self._write({"output": name, "done": True})
 
+    def sweep(self, outputs: Iterable[str]) -> None:
+        """Removes what a killed run of this job left half-written beside `outputs`, unless another run is at work here.
+
+        Raises OptionError where the journal cannot be written.
+        """
+        if not self._path.is_file():
+            return
+        with self._telling():
+            self._file = self._file or _open(self._path)
+            if _alone(self._file):
+                for folder in {(self._folder / name).parent for name in outputs}:
+                    for path in folder.glob(TEMPORARY):
+                        path.unlink(missing_ok=True)
+
     def _write(self, record: Mapping[str, Any]) -> None:
-        try:
+        with self._telling():
             if self._file is None:
                 self._folder.mkdir(parents=True, exist_ok=True)
                 self._file = _open(self._path)
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
+
+    @contextmanager
+    def _telling(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise OptionError(f"{self._path} cannot be written ({error.strerror}): choose another folder") from error
 
@@ -120,10 +142,31 @@ def _hash(path: Path) -> str | None:
 
 
 def _open(path: Path) -> IO[str]:
+    """The journal, with a lock that others may share: as long as it is held somebody is at work."""
     file = path.open("a", encoding="utf-8", newline="\n")
+    _lock(file, "LOCK_SH")
     if path.stat().st_size and not path.read_bytes().endswith(b"\n"):
         file.write("\n")
     return file
+
+
+def _alone(file: IO[str]) -> bool:
+    """Whether nobody else holds the lock. Where there are no locks nobody knows."""
+    alone = _lock(file, "LOCK_EX", "LOCK_NB")
+    _lock(file, "LOCK_SH")
+    return alone
+
+
+def _lock(file: IO[str], *kinds: str) -> bool:
+    if sys.platform == "win32":
+        return False
+    import fcntl
+
+    try:
+        fcntl.flock(file, sum(getattr(fcntl, kind) for kind in kinds))
+    except OSError:  # another's lock, or a file system without any
+        return False
+    return True
 
 
 def _read(path: Path) -> dict[str, dict[str, Any]]:

@@ -103,7 +103,8 @@ class Files:
         return self._journal.key(name)
 
     def start(self, pending: Sequence[Input]) -> None:
-        """The folder is made with its first file."""
+        """Removes what a killed run left half-written. The folder is made with its first file."""
+        self._journal.sweep(item.name for item in pending)
 
     def put(self, item: Input, transcript: Transcript, key: str | None) -> None:
         """Writes the files; with a key, records them."""

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
     from quasr.types import Transcript
 
+TEMPORARY = ".quasr-*.tmp"
+"""Names of files that are being written: a process that is killed leaves one behind."""
+
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
@@ -46,7 +49,7 @@ def write_files(
 def _write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     # Not tempfile: its files are private to the user, and a transcript follows the umask like any other file.
-    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
+    temporary = path.with_name(TEMPORARY.replace("*", secrets.token_hex(8)))
     try:
         temporary.write_text(text, encoding="utf-8", newline="\n")
         os.replace(temporary, path)
