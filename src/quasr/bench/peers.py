@@ -117,6 +117,7 @@ def _generation(job: Job, device: torch.device) -> Any:
     )
     if job.system == "transformers-compile":
         config.cache_implementation = "static"
-        config.compile_config = transformers.CompileConfig()
+        # Compiled for each batch size: a graph for any size would be slower.
+        config.compile_config = transformers.CompileConfig(dynamic=False)
         config.compile_config._compile_all_devices = device.type != "cuda"
     return config
