@@ -11,9 +11,10 @@ import pytest
 
 from quasr.cli.inputs import single
 from quasr.cli.jobs import JobLines, read_jobs
-from quasr.cli.journal import JOURNAL_FILE, Fingerprint, Journal, model_identity
+from quasr.cli.journal import JOURNAL_FILE, Fingerprint, Journal
 from quasr.errors import OptionError
 from quasr.types import Segment, Transcript
+from quasr.weights.record import identity
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -207,10 +208,10 @@ def test_the_models_identity_changes_with_its_files(tmp_path: Path) -> None:
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(b"1234")
     (tmp_path / "README.md").touch()
-    before = model_identity(tmp_path)
+    before = identity(tmp_path)
     (tmp_path / "README.md").write_text("more")
-    assert model_identity(tmp_path) == before
+    assert identity(tmp_path) == before
     os.utime(weights, (1, 1))
-    touched = model_identity(tmp_path)
+    touched = identity(tmp_path)
     weights.write_bytes(b"12345")
-    assert len({before, touched, model_identity(tmp_path)}) == 3
+    assert len({before, touched, identity(tmp_path)}) == 3

@@ -269,7 +269,7 @@ def test_only_what_changed_is_done_again(
     assert done_by("--overwrite") == everything
     assert done_by("--language", "de") == everything
     assert done_by("--language", "de", "-f", "srt") == everything
-    monkeypatch.setattr("quasr.cli.work.model_identity", lambda folder: f"another than in {folder}")
+    monkeypatch.setattr("quasr.weights.record.identity", lambda folder: f"another than in {folder}")
     assert done_by("--language", "de", "-f", "srt") == everything
     assert done_by("--language", "de", "-f", "srt") == []
 

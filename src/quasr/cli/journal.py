@@ -23,7 +23,7 @@ JOURNAL_FILE = ".quasr.jsonl"
 
 @dataclass(frozen=True, slots=True)
 class Fingerprint:
-    """What a transcript depends on beside its audio: `model` by `model_identity`, and the options by name.
+    """What a transcript depends on beside its audio: `model` by `quasr.weights.record.identity`, and the options by name.
 
     Batch size, device and threads are not among them: they change how fast a text comes, not what it says.
     """
@@ -41,17 +41,6 @@ class Fingerprint:
             return None
         parts = [audio, self.model, dict(self.options), item.language, item.context]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def model_identity(folder: Path) -> str:
-    """Of a fetched checkpoint its hub, id and commit; of another folder names, sizes and times of its files."""
-    from quasr.weights.record import read_record, wanted
-
-    record = read_record(folder)
-    if record is not None:
-        return f"{record.hub} {record.id} {record.commit}"
-    files = sorted(path for path in folder.iterdir() if wanted(path.name))
-    return json.dumps([(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files])
 
 
 class Journal:

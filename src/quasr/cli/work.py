@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from quasr.cli.inputs import STDIN, total_seconds
 from quasr.cli.interrupt import Interrupt
-from quasr.cli.journal import Fingerprint, model_identity
+from quasr.cli.journal import Fingerprint
 from quasr.cli.terminal import ProgressLine, megabytes, note
 from quasr.errors import UnknownLanguageError
 from quasr.types import Transcript
@@ -37,12 +37,13 @@ class Request:
     def fingerprint(self, style: Mapping[str, Any]) -> Fingerprint:
         """What transcripts in that style depend on beside their audio. Fetches the model where it is not here."""
         from quasr.weights.hub import HubOptions, resolve
+        from quasr.weights.record import identity
 
         choice = self.choice
         hub = HubOptions(hub=choice.hub, revision=choice.revision, offline=choice.offline)
         names = ("dtype", "compute_type", "threshold", "memory")
         precision = {name: getattr(choice, name) for name in names}
-        return Fingerprint(model_identity(resolve(choice.model, hub)), {**precision, **self.options, **style})
+        return Fingerprint(identity(resolve(choice.model, hub)), {**precision, **self.options, **style})
 
 
 @dataclass(slots=True)

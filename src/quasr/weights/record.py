@@ -95,6 +95,15 @@ def write_record(folder: Path, source: Source) -> None:
     fresh.replace(folder / RECORD_FILE)
 
 
+def identity(folder: Path) -> str:
+    """Of a fetched checkpoint its hub, id and commit; of another folder names, sizes and times of its files."""
+    record = read_record(folder)
+    if record is not None:
+        return f"{record.hub} {record.id} {record.commit}"
+    files = sorted(path for path in folder.iterdir() if wanted(path.name))
+    return json.dumps([(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files])
+
+
 def digest(path: Path) -> LocalFile:
     """Size and SHA-256 of a file's content."""
     with path.open("rb") as file:
