@@ -244,3 +244,13 @@ def test_words_out_of_noise_are_told(transcriber: quasr.Transcriber, name: str) 
     result = transcriber.transcribe(NOISE / f"{name}.opus", language="English")
     assert words(result)
     assert [notice.code for notice in result.warnings] == ["doubtful_speech"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not NOISE.is_dir(), reason="the noise of ../shared/speech/noise is not on this machine")
+def test_music_has_no_words_or_a_warning(transcriber: quasr.Transcriber) -> None:
+    pieces = sorted((NOISE.parent / "music").glob("*.opus"))
+    assert len(pieces) == 4
+    for result in transcriber.transcribe_batch(pieces):
+        assert isinstance(result, quasr.Transcript)
+        assert not result.text or result.warnings
