@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,6 +16,6 @@ if TYPE_CHECKING:
 
 
 def to_device(values: NDArray[Any] | Sequence[int], device: torch.device) -> Tensor:
-    """A tensor on `device`, whole numbers as int64. Copies to a GPU go through page-locked memory, in stream order."""
-    host = torch.as_tensor(values)
+    """A tensor on `device`, a list as int64. Copies to a GPU go through page-locked memory, in stream order."""
+    host = torch.from_numpy(values) if isinstance(values, np.ndarray) else torch.tensor(values, dtype=torch.int64)
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host

@@ -1,0 +1,44 @@
+"""Which engine runs a network, and why."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal
+
+from quasr.engine.fast import refusal
+from quasr.engine.fast_engine import FastEngine
+from quasr.engine.torch_engine import TorchEngine
+from quasr.errors import OptionError
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    from quasr.engine.base import Engine
+    from quasr.engine.device import Placement
+    from quasr.model.asr import Qwen3ASR
+
+EngineName = Literal["auto", "fast", "torch"]
+
+
+def make_engine(
+    model: Qwen3ASR, stop_ids: Collection[int], placement: Placement, scheme: str, engine: EngineName = "auto"
+) -> Engine:
+    """The engine for a network that lies on `placement.device`; the reason stands in its `info.reasons`.
+
+    "auto" is the fast engine on a GPU where it has kernels for all layers. Raises OptionError where "fast" is asked for
+    and has none.
+    """
+    why_not = _why_not_fast(model, placement)
+    if engine == "fast" and why_not and placement.device.type == "cuda":
+        raise OptionError(why_not)
+    if engine == "torch" or (engine == "auto" and why_not):
+        why = "the torch engine was asked for" if engine == "torch" else f"the torch engine: {why_not}"
+        return TorchEngine(model, stop_ids, replace(placement, reasons=(*placement.reasons, why)), scheme)
+    return FastEngine(model, stop_ids, placement, scheme)
+
+
+def _why_not_fast(model: Qwen3ASR, placement: Placement) -> str | None:
+    """One line, or None where the fast engine is the better one."""
+    if placement.device.type != "cuda":
+        return "the fast engine is made for GPUs"
+    return refusal(model.decoder)

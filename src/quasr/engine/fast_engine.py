@@ -1,0 +1,375 @@
+"""The engine of GPUs: continuous batching. Clips join the running batch as others end; tokens stay on the device.
+
+A step of the engine admits what fits, queues some decode steps and a look at their tokens, and reads the look before
+that one: the device has work while the host reads. It runs on a CPU too, without graphs, which is how it is tested.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from itertools import chain
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from quasr.engine import device as devices
+from quasr.engine import scheduler
+from quasr.engine.base import ClipResult, EngineInfo, EngineStats, Ticket, belongs, nan_error
+from quasr.engine.fast import FastDecoder
+from quasr.engine.prompts import embed_prompts, prompt_length
+from quasr.engine.row import Row
+from quasr.engine.rows import Clip, Rows
+from quasr.engine.spans import Spans
+from quasr.engine.steps import BUCKETS, Steps
+from quasr.engine.torch_engine import memory_advice
+from quasr.kernels import dispatch
+from quasr.model.transfer import to_device
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Hashable, Iterator, Sequence
+    from contextlib import AbstractContextManager
+
+    from quasr.engine.base import ClipRequest
+    from quasr.engine.device import Placement
+    from quasr.engine.rows import Look, Seen
+    from quasr.kernels.state import CachePool
+    from quasr.model.asr import Qwen3ASR
+
+PACE = 4
+"""Decode steps between two looks. A row that has ended stays idle until the host knows, one or two looks later."""
+
+CALM_PACE = 8
+"""The same for few rows, where a look costs more than idle steps."""
+
+CALM_ROWS = 4
+
+POSITIONS_MULTIPLE = 64
+"""The cache grows in such steps, and at least by half: tensors and graphs are made anew each time."""
+
+PREFILL_SHARE, LEAST_PREFILL, MOST_PREFILL = 8, 2048, 8192
+"""Positions that are encoded and prefilled at once: an eighth of the cache, within bounds."""
+
+FREE_SHARE = 0.8
+"""Of the device's free memory, what the cache may take; the rest is for activations."""
+
+UNKNOWN_MEMORY = 4 << 30
+"""Bytes that are taken for free on systems that do not say."""
+
+
+@dataclass(frozen=True, slots=True)
+class FastOptions:
+    """rows: clips that are decoded together; cache_bytes: most memory of keys and values, None: most of what is free;
+    graphs: CUDA graphs, where device and kernels allow them."""
+
+    rows: int = BUCKETS[-1]
+    cache_bytes: int | None = None
+    graphs: bool = True
+
+
+class FastEngine:
+    """Runs `model`, which lies on `placement.device` in `placement.dtype`. One caller at a time.
+
+    `scheme` is the name of the recipe that its weights are quantised by. Raises OptionError for layers that the fast
+    decoder cannot run (`quasr.engine.fast.refusal`).
+    """
+
+    _scheduler: scheduler.Scheduler
+    _rows: Rows
+    _clips: dict[int, Clip]
+    _starting: list[Clip]
+    _finished: list[tuple[Ticket, ClipResult]]
+    _looks: deque[Look]
+
+    def __init__(
+        self,
+        model: Qwen3ASR,
+        stop_ids: Collection[int],
+        placement: Placement,
+        scheme: str = "none",
+        options: FastOptions | None = None,
+    ) -> None:
+        self._options = options or FastOptions()
+        self._device = placement.device
+        self._stop_ids = frozenset(stop_ids)
+        kernels = dispatch.choose(placement.device, placement.dtype)
+        graphs = self._options.graphs and kernels.capturable and placement.device.type == "cuda"
+        self._model: Qwen3ASR | None = model
+        self._decoder = FastDecoder.from_model(model.decoder, kernels)
+        self._steps = Steps(self._decoder, graphs=graphs)
+        self._stats = EngineStats()
+        self._spans = Spans(self._stats, placement.device)
+        self._submitted = 0
+        self._cache: CachePool | None = None
+        self._most = self._most_positions()
+        self._forget_clips()
+        how = f"{kernels.name} kernels ({kernels.reason}), {'CUDA graphs' if graphs else 'no CUDA graphs'}"
+        self._info = EngineInfo(
+            name="fast",
+            device=str(placement.device),
+            dtype=placement.dtype_name,
+            weight_bytes=sum(weight.nbytes for weight in chain(model.parameters(), model.buffers())),
+            reasons=(*placement.reasons, how),
+            scheme=scheme,
+        )
+
+    @property
+    def info(self) -> EngineInfo:
+        return self._info
+
+    @property
+    def stats(self) -> EngineStats:
+        return self._stats
+
+    def submit(self, request: ClipRequest, group: Hashable = 0) -> Ticket:
+        """As `Engine.submit`. Raises ResourceError where prompt and budget do not fit into the cache alone."""
+        prompt = prompt_length(self._network.config.audio, request)
+        ticket = Ticket(group, self._submitted)
+        place = scheduler.Ticket(group, ticket.number, prompt, max(1, request.max_new_tokens))
+        self._scheduler.submit(place, time.monotonic())
+        self._submitted += 1
+        self._clips[ticket.number] = Clip(ticket, place, request, Row.of(request, prompt), self._usable_draft(request))
+        return ticket
+
+    def step(self) -> list[tuple[Ticket, ClipResult]]:
+        """As `Engine.step`."""
+        finished, self._finished = self._finished, []
+        if self._clips:
+            with self._working():
+                self._admit()
+                queued = self._queue_steps()
+                finished += self._read_looks(wait_for_all=not queued)
+            self._spans.collect()
+        return finished
+
+    def run(self, requests: Sequence[ClipRequest]) -> list[ClipResult]:
+        """As `Engine.run`. Other clips go on meanwhile; `step` gives their results later."""
+        group = object()
+        try:
+            tickets = [self.submit(request, group) for request in requests]
+        except Exception:
+            self.cancel(group)
+            raise
+        found: dict[Ticket, ClipResult] = {}
+        others = []
+        while len(found) < len(tickets):
+            for ticket, result in self.step():
+                if ticket.group is group:
+                    found[ticket] = result
+                else:
+                    others.append((ticket, result))
+        self._finished = others
+        return [found[ticket] for ticket in tickets]
+
+    def cancel(self, what: Hashable) -> None:
+        """As `Engine.cancel`."""
+        self._finished = [one for one in self._finished if not belongs(one[0], what)]
+        gone = [clip for clip in self._clips.values() if belongs(clip.ticket, what)]
+        for clip in gone:
+            clip.over = True
+            del self._clips[clip.ticket.number]
+            # Those that only wait are let go when their turn comes.
+            if clip.offset is not None:
+                self._scheduler.finish(clip.place)
+        self._starting = [clip for clip in self._starting if not clip.over]
+        if gone:
+            with torch.inference_mode():
+                self._rows.drop()
+
+    def close(self) -> None:
+        """As `Engine.close`; `submit` raises RuntimeError afterwards."""
+        self._model = None
+        self._forget_clips()
+        self._steps.forget()
+        self._cache = None
+        del self._decoder, self._steps, self._rows
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    @property
+    def _network(self) -> Qwen3ASR:
+        if self._model is None:
+            raise RuntimeError("the engine is closed")
+        return self._model
+
+    def _forget_clips(self) -> None:
+        self._scheduler = scheduler.Scheduler(self._most, self._options.rows)
+        self._clips, self._starting, self._finished, self._looks = {}, [], [], deque()
+        self._rows = Rows(self._options.rows, self._stop_ids, self._device)
+        self._steps.forget()
+
+    @contextmanager
+    def _working(self) -> Iterator[None]:
+        """On this engine's device. An error ends all clips, because nobody knows what it left half done."""
+        requests = [clip.request for clip in self._clips.values()]
+        try:
+            with torch.inference_mode(), memory_advice(requests, self._device), _current(self._device):
+                yield
+        except BaseException:
+            self._forget_clips()
+            raise
+
+    def _usable_draft(self, request: ClipRequest) -> tuple[int, ...]:
+        """What of a draft can be right: it ends before a stop token, or one that is not in the vocabulary."""
+        size = self._network.config.text.vocab_size
+        ends = (i for i, token in enumerate(request.draft) if token in self._stop_ids or not 0 <= token < size)
+        return request.draft[: min(next(ends, len(request.draft)), request.max_new_tokens)]
+
+    def _admit(self) -> None:
+        """Encodes and prefills the clips that fit now."""
+        for admission in self._scheduler.admit(time.monotonic()):
+            clip = self._clips.get(admission.ticket.index)
+            if clip is None:
+                self._scheduler.finish(admission.ticket)
+            else:
+                clip.offset = admission.offset
+                self._starting.append(clip)
+        if self._starting and self._fit_cache():
+            starting, self._starting = self._starting, []
+            self._fit_rows(starting)
+            for part in self._parts(starting):
+                self._start(part)
+
+    def _parts(self, clips: Sequence[Clip]) -> Iterator[list[Clip]]:
+        """Clips whose prompts are computed together: one, or as many as the share of the cache allows."""
+        assert self._cache is not None
+        most = min(max(self._cache.positions // PREFILL_SHARE, LEAST_PREFILL), MOST_PREFILL)
+        part: list[Clip] = []
+        for clip in clips:
+            if part and sum(one.place.prompt for one in part) + clip.place.prompt > most:
+                yield part
+                part = []
+            part.append(clip)
+        yield part
+
+    def _start(self, clips: list[Clip]) -> None:
+        """Puts clips into rows with their first token; those with a draft last, and perhaps with more tokens."""
+        assert self._cache is not None
+        clips.sort(key=lambda clip: len(clip.draft))
+        with self._spans.measure("encode_seconds"):
+            x = embed_prompts(self._network.encoder, self._decoder, [clip.request for clip in clips])
+        with self._spans.measure("prefill_seconds"):
+            lengths, offsets = [clip.place.prompt for clip in clips], [clip.begin for clip in clips]
+            self._rows.admit(clips, self._decoder.choose(self._decoder.prefill(x, lengths, offsets, self._cache)))
+            self._verify([clip for clip in clips if len(clip.draft) > 1 and clip.place.budget > 1])
+
+    def _verify(self, clips: Sequence[Clip]) -> None:
+        """Checks the drafts of the newest clips. Their first token is known; wrong guesses fill up the shorter ones."""
+        if not clips:
+            return
+        assert self._cache is not None
+        longest = max(len(clip.draft) for clip in clips) - 1
+        guesses = [token for clip in clips for token in (*clip.draft[1:], *[0] * (longest - len(clip.draft) + 1))]
+        drafts = to_device(guesses, self._device).view(len(clips), -1)
+        state = self._rows.view(len(clips), first=len(self._rows.clips) - len(clips))
+        self._decoder.verify(state, drafts, self._cache)
+        self._rows.count_draft(clips, longest + 1)
+
+    def _queue_steps(self) -> bool:
+        """Queues decode steps and a look; False where nothing is left to do but to read."""
+        rows = self._rows
+        if not rows.clips:
+            return False
+        assert self._cache is not None
+        pace = CALM_PACE if len(rows.clips) <= CALM_ROWS else PACE
+        count = min(pace, max(clip.left for clip in rows.clips))
+        if count <= 0 and self._looks:
+            return False
+        with self._spans.measure("generate_seconds"):
+            if count > 0:
+                self._steps.run(rows.view(self._steps.rows_for(len(rows.clips))), self._cache, count)
+                rows.count_steps(count)
+            self._looks.append(rows.look())
+        return True
+
+    def _read_looks(self, *, wait_for_all: bool) -> list[tuple[Ticket, ClipResult]]:
+        """What has ended in the looks that are due. On a GPU the newest one waits, so that the device has work."""
+        newest = 1 if self._device.type == "cuda" and not wait_for_all else 0
+        finished = []
+        while len(self._looks) > newest:
+            for clip, seen in self._looks.popleft().read():
+                if not clip.over and self._hear(clip, seen):
+                    finished.append((clip.ticket, clip.row.result()))
+        self._rows.drop()
+        return finished
+
+    def _hear(self, clip: Clip, seen: Seen) -> bool:
+        """Takes the new tokens of a clip, and ends it where they do: then True."""
+        new = seen.cursor - clip.heard
+        # A row that met a stop token at once has no token, but a first log-probability that may be NaN.
+        if not np.isfinite(seen.logprobs[: max(new, 1 - clip.heard)]).all():
+            raise nan_error(self._info.dtype)
+        clip.heard = seen.cursor
+        clip.sure = max(clip.sure, clip.sure - seen.sure + seen.cursor)
+        for token, logprob in zip(seen.tokens[:new], seen.logprobs[:new], strict=True):
+            clip.row.take(token, logprob, frozenset())
+            if clip.row.finish_reason:
+                break
+        if seen.finished and not clip.row.finish_reason:
+            clip.row.finish_reason = "stop"
+        if clip.row.finish_reason:
+            self._end(clip)
+        return clip.over
+
+    def _end(self, clip: Clip) -> None:
+        clip.over = True
+        del self._clips[clip.ticket.number]
+        self._scheduler.finish(clip.place)
+        self._stats.tokens += len(clip.row.tokens)
+
+    def _fit_rows(self, clips: Sequence[Clip]) -> None:
+        budget = max(clip.place.budget for clip in clips)
+        if budget > self._rows.capacity:
+            self._steps.forget()
+            self._rows.grow(1 << (budget - 1).bit_length())
+
+    def _fit_cache(self) -> bool:
+        """Whether the cache reaches as far as the starting clips do, after growing where it must and can."""
+        needed = max(clip.begin + clip.place.positions for clip in self._starting)
+        have = 0 if self._cache is None else self._cache.positions
+        if needed <= have:
+            return True
+        demand = sum(clip.place.positions for clip in self._clips.values())
+        wanted = max(needed, min(demand, self._most), have * 3 // 2)
+        size = min(-(-wanted // POSITIONS_MULTIPLE) * POSITIONS_MULTIPLE, max(needed, self._most))
+        if self._rows.clips and size * self._position_bytes > _free_bytes(self._device):
+            return False
+        self._grow_cache(size)
+        return True
+
+    def _grow_cache(self, positions: int) -> None:
+        """A larger cache. Where clips are running the old one is copied, and both are held for that time."""
+        self._steps.forget()
+        kept = [self._cache] if self._cache and self._rows.clips else []
+        self._cache = None
+        grown = self._cache = self._decoder.allocate_cache(positions)
+        for old in kept:
+            grown.keys[:, :, : old.positions] = old.keys
+            grown.values[:, :, : old.positions] = old.values
+
+    @property
+    def _position_bytes(self) -> int:
+        """Keys and values of one position in all layers."""
+        text, item = self._network.config.text, self._decoder.norm.weight.dtype.itemsize
+        return 2 * text.layers * text.kv_heads * text.head_dim * item
+
+    def _most_positions(self) -> int:
+        """Positions that the cache may ever have."""
+        limit = self._options.cache_bytes or round(FREE_SHARE * _free_bytes(self._device))
+        return max(1, limit // self._position_bytes)
+
+
+def _current(device: torch.device) -> AbstractContextManager[object]:
+    """Makes a GPU the one that kernels are launched on."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _free_bytes(device: torch.device) -> int:
+    """Memory that new tensors can have: what the system gives, and what torch holds without using it."""
+    if device.type != "cuda":
+        return next((memory.free for memory in devices.memory() if memory.device == "cpu"), UNKNOWN_MEMORY)
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

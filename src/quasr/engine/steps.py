@@ -1,0 +1,54 @@
+"""Decode steps, many at a time: from CUDA graphs where the kernels allow it, one by one elsewhere."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from quasr.engine.fast import FastDecoder
+    from quasr.kernels.state import CachePool, DecodeState
+
+BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+"""Rows that a graph is captured for; fewer rows use the next one, whose other rows are idle."""
+
+
+class Steps:
+    """Runs `decoder.step`. A graph belongs to the tensors it was captured with: call `forget` before replacing them."""
+
+    def __init__(self, decoder: FastDecoder, *, graphs: bool) -> None:
+        self._decoder = decoder
+        self._use_graphs = graphs
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        # All graphs take their temporary memory from one pool: they never run at the same time.
+        self._memory = torch.cuda.graph_pool_handle() if graphs else None
+
+    def rows_for(self, busy: int) -> int:
+        """How many rows the state must show where `busy` of them have clips."""
+        return BUCKETS[bisect_left(BUCKETS, busy)] if self._use_graphs else busy
+
+    def run(self, state: DecodeState, cache: CachePool, count: int) -> None:
+        """`count` tokens for every row of `state`, queued and not waited for."""
+        if not self._use_graphs:
+            for _ in range(count):
+                self._decoder.step(state, cache)
+            return
+        if state.rows not in self._graphs and count:
+            # Kernels are compiled and libraries made ready by a plain step, which a capture forbids.
+            self._decoder.step(state, cache)
+            self._graphs[state.rows] = self._capture(state, cache)
+            count -= 1
+        for _ in range(count):
+            self._graphs[state.rows].replay()
+
+    def forget(self) -> None:
+        """Drops all graphs."""
+        self._graphs.clear()
+
+    def _capture(self, state: DecodeState, cache: CachePool) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._memory):
+            self._decoder.step(state, cache)
+        return graph

@@ -1,0 +1,281 @@
+"""The continuous-batching engine against the plain one, which is tested against recomputation."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+import torch
+
+from quasr.engine import fast_engine
+from quasr.engine.base import ClipRequest, ClipResult, Ticket
+from quasr.engine.device import Placement
+from quasr.engine.fast_engine import FastEngine, FastOptions
+from quasr.engine.torch_engine import TorchEngine
+from quasr.errors import ModelError, ResourceError
+from quasr.model.asr import Qwen3ASR
+from quasr.model.config import AudioConfig, ModelConfig, TextConfig
+from quasr.quant.apply import quantise
+from quasr.quant.recipe import recipe_for
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+AUDIO = AudioConfig(layers=2, width=32, heads=2, ffn=64, output=32, mel_bins=16, stem_channels=8)
+TEXT = TextConfig(vocab_size=61, hidden=32, layers=2, heads=4, kv_heads=2, head_dim=8, ffn=64)
+CPU = Placement(torch.device("cpu"), torch.float32, ("a test",))
+STOPS = frozenset({17, 41})
+POSITION_BYTES = 2 * 2 * 2 * 8 * 4
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def build(seed: int = 0, compute_type: str = "fp32", spread: float = 1.0) -> Qwen3ASR:
+    """With a small spread it repeats itself, with a large one it does not."""
+    torch.manual_seed(seed)
+    model = Qwen3ASR(ModelConfig(AUDIO, TEXT, "hf")).requires_grad_(False).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.normal_(0, spread)
+    quantise(model, recipe_for(compute_type))
+    return model
+
+
+def request(seed: int, frames: int, budget: int, *, stop_loops: bool = False) -> ClipRequest:
+    rng = np.random.default_rng(seed)
+    samples = rng.standard_normal(frames * 160).astype(np.float32)
+    prefix = tuple(rng.integers(0, TEXT.vocab_size, 5 + seed % 4).tolist())
+    return ClipRequest(samples, prefix, (3, 4), budget, stop_loops)
+
+
+SIZES = [(50, 40), (433, 7), (100, 25), (901, 40), (51, 1), (267, 33), (80, 64), (50, 2), (120, 150)]
+REQUESTS = [request(seed, frames, budget) for seed, (frames, budget) in enumerate(SIZES)]
+
+
+def fast(model: Qwen3ASR, stops: frozenset[int] = STOPS, **options: int) -> FastEngine:
+    return FastEngine(model, stops, CPU, options=FastOptions(**options))
+
+
+def positions(count: int) -> int:
+    return count * POSITION_BYTES
+
+
+def same(found: Sequence[ClipResult], expected: Sequence[ClipResult]) -> None:
+    assert [one.tokens for one in found] == [one.tokens for one in expected]
+    assert [one.finish_reason for one in found] == [one.finish_reason for one in expected]
+    for one, other in zip(found, expected, strict=True):
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-3)
+
+
+def drain(engine: FastEngine) -> dict[Ticket, ClipResult]:
+    found: dict[Ticket, ClipResult] = {}
+    for _ in range(1000):
+        found.update(engine.step())
+        if not engine._clips:
+            return found
+    raise AssertionError("the engine does not come to an end")
+
+
+@pytest.mark.parametrize("compute_type", ["fp32", "int8", "int4-g32"])
+def test_tokens_are_the_plain_engine_s(compute_type: str) -> None:
+    expected = TorchEngine(build(0, compute_type), STOPS, CPU).run(REQUESTS)
+    assert {"stop", "length"} == {one.finish_reason for one in expected}
+    engine = fast(build(0, compute_type))
+    same(engine.run(REQUESTS), expected)
+    same([engine.run([clip])[0] for clip in REQUESTS[:3]], expected[:3])
+
+
+@pytest.mark.parametrize("options", [{"rows": 1}, {"rows": 3}, {"rows": 4, "cache_bytes": positions(300)}])
+def test_fewer_rows_and_less_cache_than_clips_change_nothing(options: dict[str, int]) -> None:
+    model = build()
+    expected = TorchEngine(model, STOPS, CPU).run(REQUESTS)
+    engine = fast(model, **options)
+    same(engine.run(REQUESTS), expected)
+    assert engine._cache is not None
+    assert engine._cache.positions <= 300 or "cache_bytes" not in options
+    assert engine._scheduler.running == engine._scheduler.waiting == 0
+
+
+@pytest.mark.slow
+def test_every_length_of_finish_is_met() -> None:
+    """Stop ids taken from each free-running output end the rows at different places of a look."""
+    model = build(3)
+    free = fast(model, frozenset()).run(REQUESTS)
+    assert [len(result.tokens) for result in free] == [clip.max_new_tokens for clip in REQUESTS]
+    for stop in sorted({token for result in free for token in result.tokens[:20]})[:6]:
+        for cut, result in zip(fast(model, frozenset({stop}), rows=4).run(REQUESTS), free, strict=True):
+            ends = result.tokens.index(stop) if stop in result.tokens else len(result.tokens)
+            assert cut.tokens == result.tokens[:ends]
+            assert cut.finish_reason == ("stop" if stop in result.tokens else "length")
+
+
+def test_clips_that_come_later_join_those_that_run() -> None:
+    model = build()
+    expected = TorchEngine(model, STOPS, CPU).run(REQUESTS)
+    engine = fast(model, rows=3)
+    found: dict[Ticket, ClipResult] = {}
+    tickets = []
+    for number, clip in enumerate(REQUESTS):
+        tickets.append(engine.submit(clip, group=number % 2))
+        found.update(engine.step())
+    found.update(drain(engine))
+    same([found[ticket] for ticket in tickets], expected)
+
+
+def test_loops_end_where_the_plain_engine_ends_them() -> None:
+    model = build(1, spread=0.3)
+    long = [replace(clip, max_new_tokens=150, stop_loops=True) for clip in REQUESTS]
+    expected = TorchEngine(model, (), CPU).run(long)
+    assert "loop" in {one.finish_reason for one in expected}
+    same(fast(model, frozenset(), rows=4).run(long), expected)
+
+
+def test_drafts_never_change_the_tokens() -> None:
+    """Right, cut off, wrong in the middle or at once, longer than the budget, with stop tokens, with senseless ids."""
+    model = build()
+    expected = fast(model).run(REQUESTS)
+    rng = np.random.default_rng(0)
+    for kind in range(8):
+        drafted = []
+        for clip, result in zip(REQUESTS, expected, strict=True):
+            right, noise = result.tokens, tuple(rng.integers(0, 61, 20).tolist())
+            middle = len(right) // 2
+            wrong = (*right[:middle], 5, *right[middle:])
+            draft = [
+                right, right[:middle], wrong, noise, right + noise * 10, (*right[:middle], 17, *right[middle:]),
+                (*right[:middle], 999, -3), (*right, 41),
+            ][kind]  # fmt: skip
+            drafted.append(replace(clip, draft=draft))
+        same(fast(model, rows=4).run(drafted), expected)
+        same([fast(model).run([drafted[5]])[0]], expected[5:6])
+
+
+def test_a_right_draft_saves_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build()
+    clip = replace(REQUESTS[8], max_new_tokens=60)
+    engine = fast(model, frozenset())
+    (result,) = engine.run([clip])
+    steps: list[int] = []
+    run = engine._steps.run
+    monkeypatch.setattr(
+        engine._steps, "run", lambda state, cache, count: (steps.append(count), run(state, cache, count))
+    )
+    assert engine.run([clip])[0].tokens == result.tokens
+    plain, steps[:] = sum(steps), []
+    assert engine.run([replace(clip, draft=result.tokens[:50])])[0].tokens == result.tokens
+    assert plain == 59
+    assert sum(steps) <= 20
+
+
+def test_drafts_with_loops_end_in_the_loop() -> None:
+    model = build(1, spread=0.3)
+    long = [replace(clip, max_new_tokens=150, stop_loops=True) for clip in REQUESTS]
+    free = fast(model, frozenset()).run([replace(clip, stop_loops=False) for clip in long])
+    expected = fast(model, frozenset()).run(long)
+    drafted = [replace(clip, draft=result.tokens) for clip, result in zip(long, free, strict=True)]
+    same(fast(model, frozenset()).run(drafted), expected)
+
+
+def test_one_clip_or_a_group_can_be_cancelled_at_any_time() -> None:
+    model = build()
+    expected = TorchEngine(model, STOPS, CPU).run(REQUESTS)
+    for steps in (0, 1, 3):
+        engine = fast(model, rows=3)
+        kept = [engine.submit(clip, "kept") for clip in REQUESTS[:4]]
+        gone = [engine.submit(clip, "gone") for clip in REQUESTS[4:]]
+        found: dict[Ticket, ClipResult] = {}
+        for _ in range(steps):
+            found.update(engine.step())
+        engine.cancel(kept[1])
+        engine.cancel("gone")
+        left = drain(engine)
+        assert not set(left) & set(gone)
+        found.update(left)
+        for index in (0, 2, 3):
+            same([found[kept[index]]], [expected[index]])
+        assert engine._scheduler.running == 0
+        same(engine.run(REQUESTS), expected)
+        assert engine._scheduler.waiting == 0
+
+
+def test_run_leaves_other_clips_results_for_step() -> None:
+    model = build()
+    engine = fast(model)
+    ticket = engine.submit(REQUESTS[4])
+    same(engine.run(REQUESTS[3:4]), TorchEngine(model, STOPS, CPU).run(REQUESTS[3:4]))
+    same([drain(engine)[ticket]], TorchEngine(model, STOPS, CPU).run(REQUESTS[4:5]))
+
+
+def test_the_cache_grows_with_the_work_and_no_further() -> None:
+    engine = fast(build())
+    engine.run(REQUESTS[4:5])
+    first = engine._cache
+    assert first is not None
+    assert first.positions == 64
+    engine.run(REQUESTS[4:5])
+    assert engine._cache is first
+    engine.run(REQUESTS)
+    needed = sum(clip.max_new_tokens + fast_engine.prompt_length(AUDIO, clip) for clip in REQUESTS)
+    assert engine._cache.positions == -(-needed // 64) * 64
+
+
+def test_a_clip_that_can_never_fit_is_refused_and_the_others_run() -> None:
+    engine = fast(build(), cache_bytes=positions(100))
+    with pytest.raises(ResourceError, match="cache positions"):
+        engine.run(REQUESTS[:4])
+    assert len(engine.run(REQUESTS[:1])) == 1
+
+
+@pytest.mark.slow
+def test_long_budgets_have_room() -> None:
+    model = build()
+    clip = replace(REQUESTS[0], max_new_tokens=530)
+    same(fast(model, frozenset()).run([clip, REQUESTS[1]]), TorchEngine(model, (), CPU).run([clip, REQUESTS[1]]))
+
+
+@pytest.mark.parametrize("where", ["norm", "layer"])
+def test_nan_is_an_error_and_the_engine_lives_on(where: str) -> None:
+    model = build()
+    engine = fast(model)
+    weight = model.decoder.norm.weight if where == "norm" else model.encoder.linear_2.weight
+    kept = weight.clone()
+    weight.fill_(float("nan"))
+    with pytest.raises(ModelError, match="NaN in fp32"):
+        engine.run(REQUESTS[:3])
+    weight.copy_(kept)
+    same(engine.run(REQUESTS[:2]), TorchEngine(model, STOPS, CPU).run(REQUESTS[:2]))
+
+
+def test_out_of_memory_gives_advice_and_the_engine_lives_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build()
+    engine = fast(model)
+
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model.encoder, "encode", fail)
+        with pytest.raises(ResourceError, match="9 clips of up to 9 s: use a smaller batch"):
+            engine.run(REQUESTS)
+    assert engine.step() == []
+    same(engine.run(REQUESTS[:1]), TorchEngine(model, STOPS, CPU).run(REQUESTS[:1]))
+
+
+def test_info_stats_and_close() -> None:
+    model = build()
+    engine = fast(model)
+    assert engine.run([]) == []
+    assert engine.info.weight_bytes == sum(weight.nbytes for weight in (*model.parameters(), *model.buffers()))
+    assert (engine.info.name, engine.info.device, engine.info.dtype) == ("fast", "cpu", "fp32")
+    assert "no CUDA graphs" in engine.info.reasons[-1]
+    results = engine.run(REQUESTS[:2])
+    assert engine.stats.tokens == sum(len(result.tokens) for result in results)
+    assert min(engine.stats.encode_seconds, engine.stats.prefill_seconds, engine.stats.generate_seconds) > 0
+    engine.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        engine.run(REQUESTS[:1])
