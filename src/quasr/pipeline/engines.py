@@ -46,13 +46,13 @@ def torch_engine(source: Source, placement: Placement, recipe: Recipe, offload: 
     Raises CheckpointError, ResourceError, OptionError and MissingDependencyError.
     """
     # Here and not above, so that `from quasr import Transcriber` costs no torch.
-    from quasr.engine.torch_engine import TorchEngine
+    from quasr.engine.factory import make_engine
     from quasr.quant.store import load_network
 
     if offload:
         return _offloaded_engine(source, placement, recipe, offload)
     network, scheme = load_network(source.folder, source.config, recipe, placement.dtype, placement.device)
-    return TorchEngine(network, source.stops, placement, scheme)
+    return make_engine(network, source.stops, placement, scheme)
 
 
 def _offloaded_engine(source: Source, placement: Placement, recipe: Recipe, count: int) -> Engine:
