@@ -111,7 +111,8 @@ class TranscribeOptions:
 
     `chunk` says how long audio is cut: "vad" in its pauses, into pieces of at most `piece_seconds`, without
     silence; "qwen" by the official rule, every 20 minutes; "none" not at all, up to the model's 20 minutes.
-    With `guards`, loops are stopped and a piece whose result is suspect is decoded a second time (`Notice`).
+    With `guards`, loops are stopped and a piece whose result is suspect is decoded a second time (`Notice`); with
+    `precise_retry` in 16 bits where the weights were quantised while they were loaded.
     """
 
     language: str | None = None
@@ -121,3 +122,4 @@ class TranscribeOptions:
     batch_size: int = 8
     chunk: str = "vad"
     guards: bool = True
+    precise_retry: bool = True

@@ -48,6 +48,7 @@ class FakeTranscriber:
     def transcribe_batch(
         self, audios: list[Path], options: TranscribeOptions, *, progress: object
     ) -> Iterator[Transcript | AudioError]:
+        assert not options.precise_retry
         for path in audios:
             self.order.append(path.name)
             yield ANSWERS[path.name]

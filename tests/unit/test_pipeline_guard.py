@@ -432,6 +432,13 @@ def test_without_16_bits_at_hand_the_second_try_says_that_it_was_quantised() -> 
     assert notice.message.endswith("a second try (still quantised: a memory limit is set) cured it")
 
 
+def test_16_bits_are_not_loaded_where_the_options_say_so() -> None:
+    loads = Loads()
+    engine = Actor(LOOP, english("One."), english("And."))
+    result = run_beside(Retry("16-bit", make=loads), engine, noise(8.0), precise_retry=False)
+    assert ([notice.retry_weights for notice in result.warnings], loads.made) == (["quantised"], [])
+
+
 def test_16_bits_that_cannot_be_loaded_are_tried_once_and_told(caplog: pytest.LogCaptureFixture) -> None:
     loads = Loads(error=ResourceError("main memory is full"))
     engine = Actor(LOOP, english("One."), english("And."), LOOP, english("Two."), english("Too."), "")

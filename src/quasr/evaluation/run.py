@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from quasr.errors import AudioError
@@ -91,9 +91,11 @@ def evaluate(
 ) -> list[Outcome]:
     """Transcribes and scores all clips, in their order. They run longest first, so that batches are of like lengths.
 
+    Second tries keep to the weights that are measured: 16-bit ones would lend them their texts and add their memory.
     Raises MissingDependencyError, before any work, where a scoring package is missing.
     """
     require_packages()
+    options = replace(options, precise_retry=False)
     order = sorted(range(len(clips)), key=lambda index: clips[index].size, reverse=True)
     results = transcriber.transcribe_batch([clips[index].path for index in order], options, progress=progress)
     outcomes = {index: outcome(clips[index], result) for index, result in zip(order, results, strict=True)}

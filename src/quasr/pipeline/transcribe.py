@@ -114,7 +114,7 @@ def transcribe(
 ) -> Iterator[Transcript | AudioError]:
     """A transcript for each source, in order; an input that fails gives its error and does not stop the others."""
     jobs: deque[Job] = deque()
-    with Engines(engine, setup.retry) as engines:
+    with Engines(engine, _retry(setup)) as engines:
         for _ in _batches(engines, setup, _read_all(setup, sources, jobs), progress):
             yield from _finished(setup, jobs)
     yield from _finished(setup, jobs)
@@ -129,7 +129,7 @@ def stream_segments(
     """
     jobs: deque[Job] = deque()
     seen = given = 0
-    with Engines(engine, setup.retry) as engines:
+    with Engines(engine, _retry(setup)) as engines:
         for _ in _batches(engines, setup, _read_all(setup, [source], jobs), progress):
             found = jobs[0].segments[seen:]
             seen += len(found)
@@ -142,6 +142,12 @@ def stream_segments(
         log_notice(notice)
     if jobs[0].error:
         raise jobs[0].error
+
+
+def _retry(setup: Setup) -> Retry:
+    if setup.options.precise_retry or setup.retry.make is None:
+        return setup.retry
+    return Retry("quantised", "the options say so")
 
 
 def _batches(engines: Engines, setup: Setup, tasks: Iterator[Task], progress: Progress | None) -> Iterator[None]:
