@@ -29,7 +29,9 @@ from quasr.types import TranscribeOptions
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from quasr.evaluation.manifest import Clip
     from quasr.evaluation.run import Outcome
+    from quasr.pipeline.transcriber import Transcriber
 
 
 def evaluate(
@@ -51,12 +53,23 @@ def evaluate(
     """Measure word and character error rates. Rows without text are run, but not scored."""
     from quasr.evaluation.manifest import read_manifest
     from quasr.evaluation.report import COLUMNS, table, write_json
-    from quasr.evaluation.run import evaluate as run
     from quasr.evaluation.score import require_packages
 
     require_packages()
     clips = read_manifest(manifest)
     options = TranscribeOptions(language, context, max_new_tokens, batch_size=batch_size)
+    choice = ModelChoice(model, device, dtype, hub, revision, offline, compute_type, threshold)
+    with choice.load() as transcriber:
+        outcomes = _run(transcriber, clips, options)
+        result(aligned([COLUMNS, *table(outcomes)]))
+        if output is not None:
+            write_json(output, model, transcriber.info, outcomes)
+    return _exit_code(outcomes)
+
+
+def _run(transcriber: Transcriber, clips: Sequence[Clip], options: TranscribeOptions) -> list[Outcome]:
+    from quasr.evaluation.run import evaluate as run
+
     progress, interrupt = ProgressLine(), Interrupt()
 
     def show(seconds: float) -> None:
@@ -64,21 +77,16 @@ def evaluate(
         # At once, and not a batch later: half an evaluation is none, so there are no results to look at.
         interrupt.rest()
 
-    choice = ModelChoice(model, device, dtype, hub, revision, offline, compute_type, threshold)
-    with choice.load() as transcriber:
-        try:
-            with interrupt:
-                outcomes = run(transcriber, clips, options, show)
-                interrupt.rest()
-        except KeyboardInterrupt:
-            progress.clear()
-            note("interrupted: no figures, because an evaluation is of all clips")
-            raise
+    try:
+        with interrupt:
+            outcomes = run(transcriber, clips, options, show)
+            interrupt.rest()
+    except KeyboardInterrupt:
         progress.clear()
-        result(aligned([COLUMNS, *table(outcomes)]))
-        if output is not None:
-            write_json(output, model, transcriber.info, outcomes)
-    return _exit_code(outcomes)
+        note("interrupted: no figures, because an evaluation is of all clips")
+        raise
+    progress.clear()
+    return outcomes
 
 
 def _exit_code(outcomes: Sequence[Outcome]) -> int:
