@@ -9,18 +9,20 @@ import torch
 from torch import nn
 
 from quasr.errors import CheckpointError, OptionError
-from quasr.export.linear import FLOAT, Format, Layer, Linear, fitting_group, write_linear
+from quasr.export.linear import FLOAT, ROWS, Format, Layer, Linear, fitting_group, write_linear
 from quasr.quant.apply import replace_layer, shaped_layer
 from quasr.quant.linear import QuantisedLinear
 from quasr.quant.recipe import EMBEDDING
 from quasr.quant.store import METADATA_FILE, read_saved
 from quasr.weights.load import assign, load_model, place_whole
+from quasr.weights.shard import DTYPES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
 
     from quasr.export.datafile import DataFile, Placed
+    from quasr.export.layers import Activations
     from quasr.model.asr import Qwen3ASR
     from quasr.model.config import ModelConfig
     from quasr.quant.recipe import Recipe
@@ -29,14 +31,13 @@ if TYPE_CHECKING:
 
 WEIGHTS = ("fp32", "int8", "int4")
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-"""A checkpoint is read in its own type, which costs the least memory; any other is read in fp32."""
-
 JOINED = {
     "self_attn.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "mlp.gate_up": ("mlp.gate_proj", "mlp.up_proj"),
 }
 """Layers that read the same input, as one matrix."""
+
+CONVOLUTIONS = tuple(f"encoder.stem.conv2d{number}" for number in (1, 2, 3))
 
 ENCODER_PARTS = ("self_attn.qkv", "self_attn.out_proj", "fc1", "fc2")
 DECODER_PARTS = ("self_attn.qkv", "self_attn.o_proj", "mlp.gate_up", "mlp.down_proj")
@@ -44,7 +45,7 @@ DECODER_PARTS = ("self_attn.qkv", "self_attn.o_proj", "mlp.gate_up", "mlp.down_p
 
 def matrices(config: ModelConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Every matrix of the graphs and the layers that it is made of."""
-    for name in ("encoder.stem.conv_out", "encoder.linear_1", "encoder.linear_2", EMBEDDING):
+    for name in (*CONVOLUTIONS, "encoder.stem.conv_out", "encoder.linear_1", "encoder.linear_2", EMBEDDING):
         yield name, (name,)
     if not config.text.tied_head:
         yield "decoder.lm_head", ("decoder.lm_head",)
@@ -60,11 +61,13 @@ def matrices(config: ModelConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
 @dataclass(frozen=True, slots=True)
 class Wanted:
     """What the matrices become. `weights` is one of WEIGHTS, or None for what the source has (int8 if nothing);
-    `group` None for what the source has, or the largest that fits.
+    `group` None for what the source has, or the largest that fits, but for the encoder with int8 activations, which
+    has a scale for every row.
     """
 
     weights: str | None = None
     group: int | None = None
+    activations: Activations = "int8"
 
 
 @dataclass(slots=True)
@@ -84,9 +87,9 @@ def collect(folder: Path, config: ModelConfig, wanted: Wanted, files: Mapping[st
     saved = read_saved(folder)
     recipe = None if saved is None else saved.recipe
     weights = _weights(wanted, recipe, folder)
-    collector = _Collector(files, config, Wanted(weights, wanted.group), quantised=recipe is not None)
+    collector = _Collector(files, config, replace(wanted, weights=weights), quantised=recipe is not None)
     if recipe is None:
-        load_model(folder, config, DTYPES.get(config.dtype, torch.float32), torch.device("cpu"), place=collector.place)
+        load_model(folder, config, torch.float32, torch.device("cpu"), place=collector.place)
         return collector.found
 
     def prepare(model: Qwen3ASR, _: Mapping[str, Entry]) -> None:
@@ -128,6 +131,8 @@ class _Collector:
         self._missing: dict[str, set[str]] = {}
 
     def place(self, model: Qwen3ASR, name: str, stored: Stored) -> None:
+        # In its own type, which costs the least memory and loses nothing.
+        stored = replace(stored, dtype=DTYPES[stored.shard.entries[stored.name].dtype])
         path = name.rpartition(".")[0]
         if path not in self._matrix:
             self.found.tensors[name] = self._file(name).add(stored.whole().float().numpy())
@@ -150,19 +155,27 @@ class _Collector:
             assign(model, name, torch.empty(0, device="meta"))
 
     def _format(self, name: str, layer: Layer) -> Format:
-        plain = isinstance(layer, (nn.Linear, nn.Embedding))
-        if self._wanted.weights == "fp32" or (plain and self._quantised):
+        plain = isinstance(layer, (nn.Linear, nn.Embedding, nn.Conv2d))
+        if self._wanted.weights == "fp32" or (plain and self._quantised) or name == CONVOLUTIONS[0]:
             return FLOAT
-        group, columns = self._wanted.group, _columns(layer)
+        by_rows = name.startswith("encoder.") and self._wanted.activations == "int8"
         if plain:
-            bits = 4 if self._wanted.weights == "int4" and name.startswith("decoder.layers.") else 8
-            return Format(bits, fitting_group(name, columns, group))
-        own = layer.group if isinstance(layer, QuantisedLinear) else columns
+            return self._chosen(name, layer, by_rows)
+        own, columns = _group(layer), _columns(layer)
         if own == columns:
-            return Format(8, fitting_group(name, columns, group))
-        if group not in (None, own):
+            return ROWS if by_rows else Format(8, fitting_group(name, columns, self._wanted.group))
+        if self._wanted.group not in (None, own):
             raise OptionError(f"{name} is quantised in groups of {own}: leave --group out")
         return Format(8 // getattr(layer, "codes_a_byte", 1), own)
+
+    def _chosen(self, name: str, layer: Layer, by_rows: bool) -> Format:
+        """Of a layer of a 16-bit source."""
+        if by_rows:
+            return ROWS
+        if isinstance(layer, nn.Conv2d):
+            return FLOAT
+        bits = 4 if self._wanted.weights == "int4" and name.startswith("decoder.layers.") else 8
+        return Format(bits, fitting_group(name, _columns(layer), self._wanted.group))
 
     def _file(self, name: str) -> DataFile:
         room = "stem" if name.startswith("encoder.stem.") else name.partition(".")[0]
@@ -175,3 +188,7 @@ def _names(model: Qwen3ASR, layers: Iterable[str]) -> list[str]:
 
 def _columns(layer: Layer) -> int:
     return layer.in_features if isinstance(layer, QuantisedLinear) else layer.weight.shape[1]
+
+
+def _group(layer: Layer) -> int:
+    return layer.group if isinstance(layer, QuantisedLinear) else _columns(layer)

@@ -11,7 +11,7 @@ import numpy as np
 from onnx import TensorProto
 
 from quasr.export.graph import Graph
-from quasr.export.layers import linear
+from quasr.export.layers import EVEN, GELU, Span, audio_linear
 
 if TYPE_CHECKING:
     from quasr.export.collect import Collected
@@ -46,7 +46,8 @@ class _EncoderGraph:
             x, normed = self._join(x, self._attention(layer, normed, windows), f"{layer}.final_layer_norm")
             x, normed = self._join(x, self._feed_forward(layer, normed), following)
         hidden = graph.add("Gelu", [self._linear("linear_1", normed)])
-        self._linear("linear_2", hidden, graph.output("audio", TensorProto.FLOAT, ("tokens", self.config.output)))
+        audio = self._linear("linear_2", hidden, GELU)
+        graph.add("Identity", [audio], graph.output("audio", TensorProto.FLOAT, ("tokens", self.config.output)))
         return graph
 
     def _attention(self, layer: str, x: str, windows: _Windows) -> str:
@@ -56,7 +57,7 @@ class _EncoderGraph:
         return self._linear(f"{layer}.self_attn.out_proj", windows.gather(y, self.config.width))
 
     def _feed_forward(self, layer: str, x: str) -> str:
-        return self._linear(f"{layer}.fc2", self.graph.add("Gelu", [self._linear(f"{layer}.fc1", x)]))
+        return self._linear(f"{layer}.fc2", self.graph.add("Gelu", [self._linear(f"{layer}.fc1", x)]), GELU)
 
     def _join(self, x: str, branch: str, norm: str) -> tuple[str, str]:
         """x + branch, and the norm of that."""
@@ -65,8 +66,8 @@ class _EncoderGraph:
         self.graph.add_many("SkipLayerNormalization", inputs, [normed, "", "", total], epsilon=NORM_EPS)
         return total, normed
 
-    def _linear(self, name: str, x: str, output: str | None = None) -> str:
-        return linear(self.graph, f"encoder.{name}", self.collected, x, self.activations, output)
+    def _linear(self, name: str, x: str, span: Span = EVEN) -> str:
+        return audio_linear(self.graph, f"encoder.{name}", self.collected, x, self.activations, span)
 
     def _norm(self, name: str) -> list[str]:
         keys = [f"encoder.{name}.{leaf}" for leaf in ("weight", "bias")]

@@ -64,7 +64,7 @@ def _write(source: Path, config: ModelConfig, options: ExportOptions, fresh: Pat
     positions = _positions(source)
     with ExitStack() as stack:
         data = {name: stack.enter_context(DataFile(fresh / f"{name}.onnx.data")) for name in GRAPHS}
-        collected = collect(source, config, Wanted(options.weights, options.group), data)
+        collected = collect(source, config, Wanted(options.weights, options.group, options.activations), data)
         rotary = write_rotary(config.text, positions, data["decoder"])
         graphs = {
             "stem": build_stem(config.audio, collected, options.activations, data["stem"]),

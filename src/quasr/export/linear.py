@@ -1,7 +1,9 @@
-"""Linears as ONNX Runtime takes them: codes and scales in the layout of MatMulNBits, or plain fp32.
+"""Matrices as ONNX Runtime takes them: codes and scales of MatMulNBits or of MatMulIntegerToFloat, or plain fp32.
 
+MatMulIntegerToFloat: int8 codes (columns, rows) and a scale for every row: `quasr.quant.linear` without groups, lying
+on its side.
 MatMulNBits: weight[r, c] = (code[r, c] - zero) * scale[r, c // group], with zero 128 in 8 bits and 8 in 4 bits, two
-codes a byte, the low one first. That is `quasr.quant.linear` with another zero.
+codes a byte, the low one first: `quasr.quant.linear` with another zero.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 from quasr.errors import OptionError
 from quasr.export.manifest import ZERO_POINT
 from quasr.quant.embedding import Int8Embedding
-from quasr.quant.linear import Int4Linear, Int8Linear, pack, quantise_int4, quantise_int8
+from quasr.quant.linear import Int4Linear, Int8Linear, pack, quantise_int4, quantise_int8, unpack
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -33,12 +35,12 @@ BLOCK_NUMBERS = 1 << 20
 BLOCKS = (128, 64, 32, 16)
 """Groups that MatMulNBits takes, the fastest first."""
 
-Layer = nn.Linear | nn.Embedding | Int8Linear | Int4Linear | Int8Embedding
+Layer = nn.Linear | nn.Embedding | nn.Conv2d | Int8Linear | Int4Linear | Int8Embedding
 
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """`bits` 32, 8 or 4; `group` 0 where there are no scales."""
+    """`bits` 32, 8 or 4; `group` columns share a scale, 0 for the whole row."""
 
     bits: int
     group: int = 0
@@ -46,10 +48,16 @@ class Format:
 
 FLOAT = Format(FLOAT_BITS)
 
+ROWS = Format(8)
+"""For MatMulIntegerToFloat; with groups it is for MatMulNBits."""
+
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """A matrix (rows, columns) of the data file, which may be several layers' one below the other."""
+    """A matrix (rows, columns) of the data file, which may be several layers' one below the other.
+
+    A convolution's columns are (channel, height, width) in fp32, and (height, width, channel) as ROWS.
+    """
 
     rows: int
     columns: int
@@ -79,6 +87,9 @@ def write_linear(file: DataFile, layers: Sequence[Layer], form: Format) -> Linea
     pieces = _pieces(layers, form, scales)
     if form == FLOAT:
         weight = file.stream((rows, columns), np.dtype(np.float32), pieces)
+    elif form == ROWS:
+        weight = file.add(np.concatenate(list(pieces)).T)
+        scales = [np.concatenate(scales)[:, 0]]
     else:
         blocks, size = columns // form.group, form.group * form.bits // 8
         weight = file.stream((rows, blocks, size), np.dtype(np.uint8), pieces)
@@ -101,12 +112,17 @@ def _pieces(layers: Sequence[Layer], form: Format, scales: list[NDArray[Any]]) -
 
 
 def _encode(layer: Layer, rows: slice, form: Format) -> tuple[Tensor, Tensor | None]:
+    if isinstance(layer, nn.Conv2d):
+        weight = layer.weight.detach()[rows].float()
+        return _quantise((weight if form == FLOAT else weight.permute(0, 2, 3, 1)).flatten(1), form)
     if isinstance(layer, (nn.Linear, nn.Embedding)):
         return _quantise(layer.weight.detach()[rows].float(), form)
-    if form == FLOAT:
-        part = layer if isinstance(layer, Int8Embedding) else type(layer)(layer.weight[rows], layer.scale[rows], None)
-        return (part.dequantize()[rows] if part is layer else part.dequantize()).float(), None
     scale = layer.scale[rows].float()
+    if form == FLOAT:
+        codes = unpack(layer.weight[rows], layer.in_features) if isinstance(layer, Int4Linear) else layer.weight[rows]
+        return (codes.float().unflatten(1, (scale.shape[1], -1)) * scale[..., None]).flatten(1), None
+    if form == ROWS:
+        return layer.weight[rows], scale
     scale = scale.repeat_interleave(_columns(layer) // form.group // scale.shape[1], dim=1)
     return (layer.weight[rows] if form.bits == 4 else _unsigned(layer.weight[rows])), scale
 
@@ -116,7 +132,7 @@ def _quantise(weight: Tensor, form: Format) -> tuple[Tensor, Tensor | None]:
         return weight, None
     if form.bits == 8:
         codes, scale = quantise_int8(weight, form.group)
-        return _unsigned(codes), scale
+        return (codes if form == ROWS else _unsigned(codes)), scale
     codes, scale = quantise_int4(weight, form.group)
     return pack(codes), scale
 
@@ -130,4 +146,4 @@ def _rows(layer: Layer) -> int:
 
 
 def _columns(layer: Layer) -> int:
-    return layer.in_features if isinstance(layer, Int4Linear) else layer.weight.shape[1]
+    return layer.in_features if isinstance(layer, Int4Linear) else layer.weight[0].numel()
