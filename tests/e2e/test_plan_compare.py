@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import pytest
+from made_sound import write_wav
 
 import quasr
 from quasr.cli import main
@@ -96,10 +97,24 @@ def test_load_within_a_budget(hf: Path) -> None:
     with quasr.load(hf, device="cpu", memory="2GB", batch_size=3) as transcriber:
         assert transcriber.defaults == quasr.TranscribeOptions(batch_size=3)
         assert transcriber.info.dtype == "fp32"
+        for more in ({"batch_size": 4}, {"piece_seconds": 31.0}):
+            with pytest.raises(OptionError, match="beyond the memory plan, which allows 30 s and 3"):
+                transcriber.transcribe_batch([], **more)
     with pytest.raises(ResourceError, match="nothing fits"):
         quasr.load(hf, device="cpu", memory="9MB")
     with pytest.raises(OptionError, match="either memory or offload"):
         quasr.load(hf, device="cpu", memory="4GB", offload=2)
+
+
+def test_uncut_audio_keeps_to_a_budget(hf: Path, tmp_path: Path, program: Quasr) -> None:
+    long = write_wav(tmp_path / "long.wav", 31.0)
+    words = ("transcribe", long, "--model", hf, "--device", "cpu", "--max-new-tokens", "2", "--memory", "2GB")
+    refused = program(*words, "--chunk", "none")
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert "longer than the 30 s that the memory plan allows uncut" in refused.stderr
+    done = program(*words, "--chunk", "qwen")
+    assert done.returncode == 0
+    assert "cut about every 25 s and not every 20 minutes" in done.stderr
 
 
 def test_offloaded_layers_say_the_same(hf: Path, wav: Path, program: Quasr) -> None:
