@@ -45,13 +45,18 @@ def choose(device: str = "auto", dtype: str = "auto") -> Placement:
     Raises OptionError for an unknown name, ResourceError for a device that is not there, and
     MissingDependencyError without torch.
     """
-    _check_names(device, dtype)
+    check_names(device, dtype)
     torch = _torch()
     found, why_device = _device(device)
     if dtype != "auto":
         return Placement(found, getattr(torch, DTYPES[dtype]), (why_device, f"{dtype} was asked for"))
     short, why_dtype = _natural_dtype(found)
     return Placement(found, getattr(torch, DTYPES[short]), (why_device, why_dtype))
+
+
+def use_threads(count: int) -> None:
+    """So many threads on the CPU, for all of torch in this process. Raises MissingDependencyError without torch."""
+    _torch().set_num_threads(count)
 
 
 def device_names() -> list[str]:
@@ -98,7 +103,8 @@ def _peak_host() -> int | None:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _check_names(device: str, dtype: str) -> None:
+def check_names(device: str, dtype: str) -> None:
+    """Raises OptionError for a device or dtype that there is nowhere; asks no torch."""
     if device != "auto" and not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         raise OptionError(f"unknown device {device!r}: use auto, cpu, cuda or cuda:N")
     if dtype != "auto" and dtype not in DTYPES:

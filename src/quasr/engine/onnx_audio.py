@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from quasr.audio.mel import log_mel
+from quasr.audio.mel import HOP, MIN_SAMPLES, log_mel
 from quasr.model.config import halve_up
 
 if TYPE_CHECKING:
@@ -26,6 +26,12 @@ ENCODER_TOKENS = 832
 """Most tokens that go through the encoder at once, in whole windows: 8 of 8 s, or 64 of 1 s."""
 
 
+def token_count(facts: GraphFacts, samples: int) -> int:
+    """Audio tokens of a clip of so many samples."""
+    whole, rest = divmod(max(samples, MIN_SAMPLES) // HOP, facts.chunk_frames)
+    return whole * facts.chunk_tokens + halve_up(rest)
+
+
 class AudioGraphs:
     """The audio half of the network."""
 
@@ -36,17 +42,15 @@ class AudioGraphs:
 
     def encode(self, samples: NDArray[np.float32]) -> NDArray[np.float32]:
         """(n,) samples at 16 kHz -> (tokens, hidden)."""
-        tokens = self._tokens(log_mel(samples, self._facts.mel_bins))
+        tokens = self._tokens(log_mel(samples, self._facts.mel_bins))[: token_count(self._facts, len(samples))]
         parts = [self._transform(part) for part in _slices(tokens, self._slice_tokens())]
         return np.concatenate(parts)
 
     def _tokens(self, mel: NDArray[np.float32]) -> NDArray[np.float32]:
-        """(mel_bins, frames) -> (tokens, width), those of the padding cut off."""
+        """(mel_bins, frames) -> (tokens, width), behind the clip's end those of the padding."""
         chunks = self._chunks(mel)
         parts = [self._stem.run(None, {"mel": part})[0] for part in _slices(chunks, STEM_CHUNKS)]
-        whole, rest = divmod(mel.shape[1], self._facts.chunk_frames)
-        tokens = np.concatenate(parts).reshape(-1, parts[0].shape[-1])
-        return tokens[: whole * self._facts.chunk_tokens + halve_up(rest)]
+        return np.concatenate(parts).reshape(-1, parts[0].shape[-1])
 
     def _chunks(self, mel: NDArray[np.float32]) -> NDArray[np.float32]:
         """(mel_bins, frames) -> (chunks, mel_bins, chunk_frames), the last chunk padded with zeros."""

@@ -31,7 +31,6 @@ class StaticCache:
     """Keys and values of `rows` clips of at most `capacity` positions; memory is taken up as it is filled."""
 
     def __init__(self, facts: GraphFacts, rows: int, capacity: int) -> None:
-        self.capacity = capacity
         shape = (2, facts.layers, rows, facts.kv_heads, capacity, facts.head_dim)
         self._data: NDArray[np.float32] = np.empty(shape, np.float32)
 
@@ -54,7 +53,8 @@ class DecoderGraph:
 
     def __init__(self, session: Any, facts: GraphFacts, rows: int, capacity: int) -> None:
         self._session = session
-        self._facts = facts
+        self.rows = rows
+        self.capacity = capacity
         self._cache = StaticCache(facts, rows, capacity)
         self._binding: Any = None
         self._bound = 0

@@ -8,55 +8,78 @@ from __future__ import annotations
 
 import time
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from quasr.engine.base import ClipRequest, ClipResult, EngineInfo, EngineStats
-from quasr.engine.onnx_audio import AudioGraphs
+from quasr.engine.base import (
+    ClipRequest,
+    ClipResult,
+    EngineInfo,
+    EngineStats,
+    Ticket,
+    belongs,
+    memory_error,
+    nan_error,
+)
+from quasr.engine.onnx_audio import AudioGraphs, token_count
 from quasr.engine.onnx_decoder import DecoderGraph
-from quasr.engine.onnx_session import memory_advice, open_session
+from quasr.engine.onnx_session import open_session, out_of_memory
 from quasr.engine.row import Row
 from quasr.engine.token_table import TokenTable
-from quasr.errors import ModelError, ResourceError
+from quasr.errors import ResourceError
 from quasr.export.manifest import read_manifest
 from quasr.types import SAMPLE_RATE
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Sequence
+    from collections.abc import Collection, Hashable, Iterator, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
 
     from quasr.engine.onnx_session import Runtime
+    from quasr.export.manifest import Manifest
+
+MOST_ROWS = 8
+"""Clips that are decoded at once: more gain little on a CPU, and each holds its keys and values in memory."""
+
+
+@dataclass(slots=True)
+class Running:
+    """A clip that has a row of the cache: the one of its own index among those that run."""
+
+    ticket: Ticket
+    request: ClipRequest
+    row: Row
 
 
 class OnnxEngine:
     """Runs the ONNX folder `folder` (docs/onnx.md) by `runtime`. One caller at a time.
 
+    `reasons`: why it is this engine.
     Raises CheckpointError for a folder that is damaged or of a newer version, ResourceError where the provider does
     not start.
     """
 
-    def __init__(self, folder: Path, stop_ids: Collection[int], runtime: Runtime) -> None:
+    def __init__(
+        self, folder: Path, stop_ids: Collection[int], runtime: Runtime, reasons: tuple[str, ...] = ()
+    ) -> None:
         manifest = read_manifest(folder)
         sessions = {name: open_session(folder / f"{name}.onnx", runtime) for name in ("stem", "encoder", "decoder")}
         self._facts = manifest.graph
         self._audio: AudioGraphs | None = AudioGraphs(sessions["stem"], sessions["encoder"], manifest.graph)
         self._session: Any = sessions["decoder"]
+        self._graph: DecoderGraph | None = None
         self._table = TokenTable(folder, manifest.embedding)
         self._stop_ids = frozenset(stop_ids)
         self._stats = EngineStats()
-        quantised = manifest.weights != "fp32"
-        met = (f"{manifest.activations} activations where weights are {manifest.weights}",) if quantised else ()
-        self._info = EngineInfo(
-            name="onnx",
-            device=runtime.device,
-            dtype="fp32",
-            weight_bytes=sum(file.size for name, file in manifest.files.items() if name.endswith(".data")),
-            reasons=(*runtime.reasons, *met),
-            scheme=f"{manifest.weights}-g{manifest.group}" if quantised else "none",
-        )
+        self._info = _info(manifest, runtime, reasons)
+        self._submitted = 0
+        self._waiting: dict[Ticket, ClipRequest] = {}
+        self._running: list[Running] = []
+        self._ready: list[tuple[Ticket, ClipResult]] = []
 
     @property
     def info(self) -> EngineInfo:
@@ -66,62 +89,128 @@ class OnnxEngine:
     def stats(self) -> EngineStats:
         return self._stats
 
-    def run(self, requests: Sequence[ClipRequest]) -> list[ClipResult]:
-        """Decodes all clips as one batch, greedily; results in the order of `requests`.
-
-        Raises ResourceError when memory runs out or a clip is longer than the folder's graphs, and ModelError when the
-        network computes NaN.
-        """
+    def submit(self, request: ClipRequest, group: Hashable = 0) -> Ticket:
+        """Queues a clip. Raises ResourceError for one that is longer than the folder's graphs."""
         if self._audio is None:
             raise RuntimeError("the engine is closed")
-        if not requests:
-            return []
-        with memory_advice(_advice(requests, self._info.device)):
-            with self._clock("encode_seconds"):
-                prompts = [self._prompt(request, self._audio) for request in requests]
-            rows = [self._row(request, len(prompt)) for request, prompt in zip(requests, prompts, strict=True)]
-            self._decode(rows, prompts)
-        self._stats.tokens += sum(len(row.tokens) for row in rows)
-        return [row.result() for row in rows]
-
-    def close(self) -> None:
-        """Gives the memory back. `run` raises RuntimeError afterwards."""
-        self._audio = self._session = None
-
-    def _prompt(self, request: ClipRequest, audio: AudioGraphs) -> NDArray[np.float32]:
-        """(positions, hidden): prefix tokens, audio vectors, suffix tokens."""
-        before, after = self._table.rows(request.prefix), self._table.rows(request.suffix)
-        return np.concatenate([before, audio.encode(request.samples), after])
-
-    def _row(self, request: ClipRequest, length: int) -> Row:
-        """With a budget that keeps within the positions that the graphs know."""
-        row, room = Row.of(request, length), self._facts.positions - length
-        if room < 1:
+        prompt = self._prompt_length(request)
+        if prompt >= self._facts.positions:
             raise ResourceError(
-                f"a clip of {len(request.samples) / SAMPLE_RATE:.0f} s makes {length} positions and these ONNX graphs "
+                f"a clip of {len(request.samples) / SAMPLE_RATE:.0f} s makes {prompt} positions and these ONNX graphs "
                 f"have {self._facts.positions}: use shorter pieces"
             )
-        row.budget = min(row.budget, room)
-        return row
+        ticket = Ticket(group, self._submitted)
+        self._submitted += 1
+        self._waiting[ticket] = request
+        return ticket
 
-    def _decode(self, rows: Sequence[Row], prompts: list[NDArray[np.float32]]) -> None:
-        """Every prompt, then a token a row and step until all rows are finished."""
-        capacity = max(row.position + row.budget for row in rows)
-        graph = DecoderGraph(self._session, self._facts, len(rows), capacity)
+    def step(self) -> list[tuple[Ticket, ClipResult]]:
+        """Takes one clip in, to its first token, or makes one more token of all that run; gives what has finished.
+
+        Raises ResourceError when memory runs out and ModelError when the network computes NaN.
+        """
+        try:
+            self._advance()
+        except BaseException as error:
+            requests = [*(one.request for one in self._running), *self._waiting.values()]
+            self._waiting, self._running, self._ready, self._graph = {}, [], [], None
+            if isinstance(error, Exception) and out_of_memory(error):
+                raise memory_error(self._info.device, requests) from error
+            raise
+        ready, self._ready = self._ready, []
+        return ready
+
+    def cancel(self, what: Hashable) -> None:
+        """Forgets one clip, by its ticket, or all clips of a group."""
+        self._waiting = {ticket: request for ticket, request in self._waiting.items() if not belongs(ticket, what)}
+        for index in reversed(range(len(self._running))):
+            if belongs(self._running[index].ticket, what):
+                self._leave(index)
+
+    def run(self, requests: Sequence[ClipRequest]) -> list[ClipResult]:
+        """Decodes all clips, greedily; results in the order of `requests`. Raises as `submit` and `step`."""
+        if self._audio is None:
+            raise RuntimeError("the engine is closed")
+        group = object()
+        tickets = [self.submit(request, group) for request in requests]
+        found: dict[Ticket, ClipResult] = {}
+        others: list[tuple[Ticket, ClipResult]] = []
+        while len(found) < len(tickets):
+            for ticket, result in self.step():
+                if ticket.group is group:
+                    found[ticket] = result
+                else:
+                    others.append((ticket, result))
+        self._ready = others
+        return [found[ticket] for ticket in tickets]
+
+    def close(self) -> None:
+        """Gives the memory back. The engine cannot be used afterwards."""
+        self._audio = self._session = self._graph = None
+        self._waiting, self._running, self._ready = {}, [], []
+
+    def _advance(self) -> None:
+        chosen = self._next()
+        if chosen is not None:
+            self._admit(chosen, self._waiting.pop(chosen))
+        elif self._running:
+            self._decode()
+        for index in reversed(range(len(self._running))):
+            one = self._running[index]
+            if one.row.finish_reason is not None:
+                self._stats.tokens += len(one.row.tokens)
+                self._ready.append((one.ticket, one.row.result()))
+                self._leave(index)
+
+    def _next(self) -> Ticket | None:
+        """The clip to take in now: of the group that runs the fewest, the first that came; None where none has room.
+
+        A clip that is too long for the cache waits until nothing runs; others do not pass it.
+        """
+        if not self._waiting:
+            return None
+        held = [one.ticket.group for one in self._running]
+        chosen = min(self._waiting, key=lambda ticket: (held.count(ticket.group), ticket.number))
+        return chosen if not self._running or self._fits(self._waiting[chosen]) else None
+
+    def _fits(self, request: ClipRequest) -> bool:
+        graph = self._graph
+        return graph is not None and len(self._running) < graph.rows and self._positions(request) <= graph.capacity
+
+    def _admit(self, ticket: Ticket, request: ClipRequest) -> None:
+        """Encodes a clip and runs its prompt, which gives its first token."""
+        assert self._audio is not None
+        with self._clock("encode_seconds"):
+            before, after = self._table.rows(request.prefix), self._table.rows(request.suffix)
+            prompt = np.concatenate([before, self._audio.encode(request.samples), after])
+        row = Row.of(request, len(prompt))
+        row.budget = min(row.budget, self._facts.positions - len(prompt))
+        self._running.append(Running(ticket, request, row))
         with self._clock("prefill_seconds"):
-            active: list[Row] = []
-            for row in rows:
-                active.append(row)
-                self._take(graph.prefill(len(active) - 1, prompts.pop(0)), [row])
-                _drop_finished(active, graph)
+            graph = self._cache(request)
+            self._take(graph.prefill(len(self._running) - 1, prompt), [row])
+
+    def _cache(self, request: ClipRequest) -> DecoderGraph:
+        """The cache that runs, or one for this clip and those that wait behind it."""
+        if len(self._running) > 1 and self._graph is not None:
+            return self._graph
+        together = [request, *islice(self._waiting.values(), MOST_ROWS - 1)]
+        capacity = max(map(self._positions, together))
+        if self._graph is None or self._graph.rows < len(together) or self._graph.capacity < capacity:
+            self._graph = None  # before the next one is made, so that there are never two
+            self._graph = DecoderGraph(self._session, self._facts, len(together), capacity)
+        return self._graph
+
+    def _decode(self) -> None:
+        """One more token for all that run."""
+        assert self._graph is not None
+        rows = [one.row for one in self._running]
         with self._clock("generate_seconds"):
-            while active:
-                newest = self._table.rows([row.tokens[-1] for row in active])
-                logits = graph.step(newest, [row.position for row in active])
-                for row in active:
-                    row.position += 1
-                self._take(logits, active)
-                _drop_finished(active, graph)
+            newest = self._table.rows([row.tokens[-1] for row in rows])
+            logits = self._graph.step(newest, [row.position for row in rows])
+            for row in rows:
+                row.position += 1
+            self._take(logits, rows)
 
     def _take(self, logits: NDArray[np.float32], rows: Sequence[Row]) -> None:
         """Gives each row its likeliest token, with log softmax(logits): (rows, vocab)."""
@@ -130,9 +219,24 @@ class OnnxEngine:
         # NaN reaches the sum from wherever it is in the row.
         logprobs = -np.log(np.exp(logits - best[:, None]).sum(axis=1))
         if not np.isfinite(logprobs).all():
-            raise ModelError("the network computed NaN: export the model again; if it stays, the checkpoint is damaged")
+            raise nan_error("fp32")
         for row, token, logprob in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True):
             row.take(token, logprob, self._stop_ids)
+
+    def _leave(self, index: int) -> None:
+        """Takes a row out: the last row moves into its place, with what its cache holds."""
+        last = self._running.pop()
+        if index < len(self._running):
+            assert self._graph is not None
+            self._graph.move(len(self._running), index, last.row.position)
+            self._running[index] = last
+
+    def _prompt_length(self, request: ClipRequest) -> int:
+        return len(request.prefix) + token_count(self._facts, len(request.samples)) + len(request.suffix)
+
+    def _positions(self, request: ClipRequest) -> int:
+        """Cache positions that a clip may fill."""
+        return min(self._prompt_length(request) + request.max_new_tokens, self._facts.positions)
 
     @contextmanager
     def _clock(self, stage: str) -> Iterator[None]:
@@ -141,20 +245,14 @@ class OnnxEngine:
         setattr(self._stats, stage, getattr(self._stats, stage) + time.perf_counter() - started)
 
 
-def _drop_finished(active: list[Row], graph: DecoderGraph) -> None:
-    """Takes finished rows out: the last row moves into the place that one leaves, with what its cache holds."""
-    for index in reversed(range(len(active))):
-        if active[index].finish_reason is None:
-            continue
-        last = active.pop()
-        if index < len(active):
-            graph.move(len(active), index, last.position)
-            active[index] = last
-
-
-def _advice(requests: Sequence[ClipRequest], device: str) -> str:
-    longest = max(len(request.samples) for request in requests) / SAMPLE_RATE
-    return (
-        f"out of memory on {device} with {len(requests)} clips of up to {longest:.0f} s: "
-        "use a smaller batch (--batch-size), shorter pieces or smaller weights (--compute-type int4)"
+def _info(manifest: Manifest, runtime: Runtime, reasons: tuple[str, ...]) -> EngineInfo:
+    quantised = manifest.weights != "fp32"
+    met = (f"{manifest.activations} activations where weights are {manifest.weights}",) if quantised else ()
+    return EngineInfo(
+        name="onnx",
+        device=runtime.device,
+        dtype="fp32",
+        weight_bytes=sum(file.size for name, file in manifest.files.items() if name.endswith(".data")),
+        reasons=(*reasons, *runtime.reasons, *met),
+        scheme=f"{manifest.weights}-g{manifest.group}" if quantised else "none",
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,6 @@ from quasr.engine.cores import physical_cores
 from quasr.errors import CheckpointError, MissingDependencyError, OptionError, ResourceError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
 PROVIDERS = {
@@ -98,17 +96,11 @@ def open_session(path: Path, runtime: Runtime) -> Any:
     return session
 
 
-@contextmanager
-def memory_advice(advice: str) -> Iterator[None]:
-    """Turns both ways of running out of memory, numpy's and ONNX Runtime's, into a ResourceError of `advice`."""
-    try:
-        yield
-    except MemoryError as error:
-        raise ResourceError(advice) from error
-    except Exception as error:
-        if not _is_of_runtime(error) or not any(sign in str(error).lower() for sign in ("alloc", "out of memory")):
-            raise
-        raise ResourceError(advice) from error
+def out_of_memory(error: Exception) -> bool:
+    """Whether memory has run out, numpy's or ONNX Runtime's."""
+    if isinstance(error, MemoryError):
+        return True
+    return _is_of_runtime(error) and any(sign in str(error).lower() for sign in ("alloc", "out of memory"))
 
 
 def _is_of_runtime(error: Exception) -> bool:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Self
 
 from quasr.audio.chunk import OFFICIAL_SECONDS
 from quasr.audio.fetch import FetchLimits
-from quasr.engine.device import DTYPES, choose
+from quasr.engine.device import DTYPES, check_names, choose, use_threads
 from quasr.engine.plan import Wish, parse_memory
 from quasr.errors import AudioError, CheckpointError, OptionError
 from quasr.model.config import read_config
 from quasr.pipeline.engines import Source, second_tries, stop_ids, torch_engine
+from quasr.pipeline.onnx import EngineWish, choose_engine, onnx_engine, onnx_retry, torch_reason
 from quasr.pipeline.planning import Precision, plan_folder
 from quasr.pipeline.retry import SAME_WEIGHTS
 from quasr.pipeline.transcribe import Setup, stream_segments, transcribe
@@ -36,12 +37,14 @@ if TYPE_CHECKING:
     from quasr.model.config import ModelConfig
     from quasr.pipeline.retry import Retry
     from quasr.pipeline.transcribe import Progress
+    from quasr.quant.recipe import Recipe
     from quasr.types import Segment
 
 
 def load(
     model: str | Path = "demo",
     *,
+    engine: str = "auto",
     device: str = "auto",
     dtype: str = "auto",
     compute_type: str = "auto",
@@ -49,37 +52,95 @@ def load(
     memory: str | None = None,
     batch_size: int | None = None,
     offload: int = 0,
+    provider: str = "auto",
+    threads: int | None = None,
     hub: HubOptions | None = None,
 ) -> Transcriber:
     """Loads a checkpoint: `demo` (bundled), a folder, or a hub id such as `Qwen/Qwen3-ASR-0.6B`.
 
+    engine: onnx runs ONNX folders, into which checkpoints are converted on first use; torch runs checkpoints. auto is
+    onnx for ONNX folders, the demo, and on a CPU what comes from a hub (in int8 where compute_type says nothing else).
+    provider of onnx: auto (cpu), cpu, cuda or tensorrt; threads on a CPU: None is one for each physical core.
     device: auto, cpu, cuda or cuda:N; dtype, which is computed in: auto, bf16, fp16 or fp32.
     compute_type, which the weights have: auto (as they are stored), a dtype, int8, int8-gN, int4, int4-gN (N is 128,
-    64 or 32), llm-int8 or nf4; 16-bit weights are quantised while they are read. threshold goes with llm-int8.
+    64 or 32), llm-int8 or nf4; 16-bit weights are quantised while they are read. threshold goes with llm-int8. What
+    onnx has not (bf16, fp16, llm-int8, nf4, memory, offload, a CUDA device) means torch.
     memory, such as "4GB": with compute_type auto the most precise weights that fit, and clips and batches (of at most
     `batch_size`) that fit too, which become the transcriber's `defaults`. offload: so many decoder layers stay in main
     memory and are copied to the device for each use: slow, same text.
     Raises ModelError (not found, damaged, another architecture), ResourceError (device, memory, nothing fits),
-    OptionError and MissingDependencyError (no torch).
+    OptionError and MissingDependencyError (no torch, no such provider).
     """
-    recipe = recipe_for(compute_type, threshold)
-    placement = choose(device, _dtype(compute_type, dtype))
+    check_names(device, dtype)
+    asked = _Asked(device, dtype, compute_type, recipe_for(compute_type, threshold), threshold, memory, offload)
+    wish = EngineWish(engine, provider, threads, device, asked.precision(), asked.torch_only())
+    # What is missing here is said before anything is fetched.
+    placement = choose(device, asked.place_dtype()) if torch_reason(wish) else None
     folder = resolve_model(str(model), hub or HubOptions())
-    config = read_config(folder)
-    defaults = TranscribeOptions() if batch_size is None else TranscribeOptions(batch_size=batch_size)
-    planned = None
-    if memory is not None:
-        _check_planned_alone(offload)
-        wish = Wish(parse_memory(memory), largest_batch=defaults.batch_size)
-        precision = Precision(placement.device.type, _dtype(compute_type, dtype), compute_type, threshold)
-        planned = plan_folder(folder, config, precision, wish)
-        recipe, placement = planned.chosen.candidate.recipe, _as_planned(placement, planned)
-    tokenizer = Tokenizer.from_folder(folder)
+    config, tokenizer = read_config(folder), Tokenizer.from_folder(folder)
     check_vocabulary(config, tokenizer)
     source = Source(folder, config, stop_ids(config, tokenizer))
-    engine = torch_engine(source, placement, recipe, offload)
-    retry = second_tries(source, placement, recipe, planned=planned is not None)
-    return Transcriber(engine, tokenizer, config, defaults, retry, planned.chosen.work if planned else None)
+    defaults = TranscribeOptions() if batch_size is None else TranscribeOptions(batch_size=batch_size)
+    choice = choose_engine(str(model), folder, wish)
+    if choice.graphs is not None:
+        return Transcriber(onnx_engine(choice, source.stops, wish), tokenizer, config, defaults, onnx_retry(choice))
+    placement = placement or choose(device, asked.place_dtype())
+    running, retry, most = asked.in_torch(
+        source, replace(placement, reasons=(choice.why, *placement.reasons)), defaults
+    )
+    if threads is not None:
+        use_threads(threads)
+    return Transcriber(running, tokenizer, config, defaults, retry, most)
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What `load` was asked for in torch's terms."""
+
+    device: str
+    dtype: str
+    compute_type: str
+    recipe: Recipe
+    threshold: float | None
+    memory: str | None
+    offload: int
+
+    def precision(self) -> str:
+        """What decides between the engines: a 16-bit dtype, else the compute type, else the dtype."""
+        if self.dtype in ("bf16", "fp16") or self.compute_type == "auto":
+            return self.dtype
+        return self.compute_type
+
+    def torch_only(self) -> str:
+        """Why only torch can do it, or ""."""
+        if self.memory is not None:
+            return "a memory plan is torch's alone"
+        return "offloading layers is torch's alone" if self.offload else ""
+
+    def place_dtype(self) -> str:
+        """The dtype that both ask for."""
+        if self.compute_type not in DTYPES:
+            return self.dtype
+        if self.dtype not in ("auto", self.compute_type):
+            raise OptionError(
+                f"compute type {self.compute_type} and dtype {self.dtype} contradict each other: give one of them"
+            )
+        return self.compute_type
+
+    def in_torch(
+        self, source: Source, placement: Placement, defaults: TranscribeOptions
+    ) -> tuple[Engine, Retry, Work | None]:
+        """The engine, that of second tries, and what a memory plan allows."""
+        if self.memory is None:
+            retry = second_tries(source, placement, self.recipe, planned=False)
+            return torch_engine(source, placement, self.recipe, self.offload), retry, None
+        _check_planned_alone(self.offload)
+        wish = Wish(parse_memory(self.memory), largest_batch=defaults.batch_size)
+        precision = Precision(placement.device.type, self.place_dtype(), self.compute_type, self.threshold)
+        planned = plan_folder(source.folder, source.config, precision, wish)
+        recipe, placement = planned.chosen.candidate.recipe, _as_planned(placement, planned)
+        retry = second_tries(source, placement, recipe, planned=True)
+        return torch_engine(source, placement, recipe), retry, planned.chosen.work
 
 
 class Transcriber:
@@ -207,15 +268,6 @@ def check_vocabulary(config: ModelConfig, tokenizer: Tokenizer) -> None:
             f"the tokenizer has {tokenizer.vocab_size} entries, the network {config.text.vocab_size}: "
             "the files are of two checkpoints"
         )
-
-
-def _dtype(compute_type: str, dtype: str) -> str:
-    """The dtype that both ask for."""
-    if compute_type not in DTYPES:
-        return dtype
-    if dtype not in ("auto", compute_type):
-        raise OptionError(f"compute type {compute_type} and dtype {dtype} contradict each other: give one of them")
-    return compute_type
 
 
 def _check_planned_alone(offload: int) -> None:
