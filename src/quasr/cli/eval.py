@@ -14,13 +14,16 @@ from quasr.cli.options import (
     ContextOption,
     DeviceOption,
     DtypeOption,
+    EngineOption,
     HubOption,
     LanguageOption,
     MaxNewTokensOption,
     ModelChoice,
     ModelOption,
     OfflineOption,
+    ProviderOption,
     RevisionOption,
+    ThreadsOption,
     ThresholdOption,
 )
 from quasr.cli.terminal import ProgressLine, aligned, note, result
@@ -44,6 +47,9 @@ def evaluate(
     dtype: DtypeOption = "auto",
     compute_type: ComputeTypeOption = "auto",
     threshold: ThresholdOption = None,
+    engine: EngineOption = "auto",
+    provider: ProviderOption = "auto",
+    threads: ThreadsOption = None,
     hub: HubOption = "huggingface",
     revision: RevisionOption = None,
     offline: OfflineOption = False,
@@ -58,7 +64,10 @@ def evaluate(
     require_packages()
     clips = read_manifest(manifest)
     options = TranscribeOptions(language, context, max_new_tokens, batch_size=batch_size)
-    choice = ModelChoice(model, device, dtype, hub, revision, offline, compute_type, threshold)
+    choice = ModelChoice(
+        model, device, dtype, hub, revision, offline, compute_type, threshold,
+        engine=engine, provider=provider, threads=threads,
+    )  # fmt: skip
     with choice.load() as transcriber:
         outcomes = _run(transcriber, clips, options)
         result(aligned([COLUMNS, *table(outcomes)]))

@@ -23,7 +23,7 @@ JOURNAL_FILE = ".quasr.jsonl"
 
 @dataclass(frozen=True, slots=True)
 class Fingerprint:
-    """What a transcript depends on beside its audio: `model` by `quasr.weights.record.identity`, and the options by name.
+    """What a transcript depends on beside its audio: `model` by `weights.record.identity`, and the options by name.
 
     Batch size, device and threads are not among them: they change how fast a text comes, not what it says.
     """

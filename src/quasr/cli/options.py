@@ -39,7 +39,13 @@ BatchSizeOption = Annotated[int, typer.Option("--batch-size", min=1, help="Piece
 MaxNewTokensOption = Annotated[
     int | None, typer.Option("--max-new-tokens", min=1, help="Token budget of a piece. Default: from its length.")
 ]
-ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="Of torch on the CPU.")]
+ThreadsOption = Annotated[
+    int | None, typer.Option("--threads", min=1, help="On the CPU. Default: one for each physical core.")
+]
+EngineOption = Annotated[
+    str, typer.Option("--engine", help="auto, torch, or onnx (ONNX Runtime; a checkpoint is converted once).")
+]
+ProviderOption = Annotated[str, typer.Option("--provider", help="Of ONNX Runtime: auto (cpu), cpu, cuda, tensorrt.")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +63,9 @@ class ModelChoice:
     memory: str | None = None
     batch_size: int | None = None
     offload: int = 0
+    engine: str = "auto"
+    provider: str = "auto"
+    threads: int | None = None
 
     def load(self) -> Transcriber:
         """Loads it, and says on standard error what runs where."""
@@ -74,6 +83,9 @@ class ModelChoice:
             memory=self.memory,
             batch_size=self.batch_size,
             offload=self.offload,
+            engine=self.engine,
+            provider=self.provider,
+            threads=self.threads,
             hub=hub,
         )
         info = transcriber.info

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,6 +15,7 @@ from quasr.cli.options import (
     ContextOption,
     DeviceOption,
     DtypeOption,
+    EngineOption,
     HubOption,
     LanguageOption,
     MaxNewTokensOption,
@@ -24,6 +24,7 @@ from quasr.cli.options import (
     ModelOption,
     OfflineOption,
     OffloadOption,
+    ProviderOption,
     RevisionOption,
     ThreadsOption,
     ThresholdOption,
@@ -106,6 +107,8 @@ def transcribe(
     threshold: ThresholdOption = None,
     memory: MemoryOption = None,
     offload: OffloadOption = 0,
+    engine: EngineOption = "auto",
+    provider: ProviderOption = "auto",
     threads: ThreadsOption = None,
     hub: HubOption = "huggingface",
     revision: RevisionOption = None,
@@ -124,7 +127,9 @@ def transcribe(
     _refuse_word_times(word_timestamps, highlight_words, max_words_per_line)
     style = _style(output_format, max_line_width, max_line_count)
     precision = (compute_type, threshold, memory, batch_size, offload)
-    choice = ModelChoice(model, device, dtype, hub, revision, offline, *precision)
+    choice = ModelChoice(
+        model, device, dtype, hub, revision, offline, *precision, engine=engine, provider=provider, threads=threads
+    )
     options = {
         "language": language,
         "context": "\n".join(filter(None, (context, hotwords))),
@@ -133,7 +138,6 @@ def transcribe(
         "guards": guards,
     }
     request = Request(choice, options, allow_private_urls, overwrite)
-    _use_threads(threads)
     if jobs is not None:
         lines = _job_lines(audio, style, output_dir)
         return work(read_jobs(jobs), lines, request)
@@ -158,15 +162,6 @@ def _style(output_format: str, width: int | None, count: int | None) -> Style:
     if output_format not in (*FORMATS, ALL):
         raise OptionError(f"unknown format {output_format!r}: use {', '.join(FORMATS)} or {ALL}")
     return Style(FORMATS if output_format == ALL else (output_format,), LineRules(width, count))
-
-
-def _use_threads(count: int | None) -> None:
-    if count is None:
-        return
-    from quasr.engine.device import choose
-
-    choose("cpu")  # raises where there is no torch
-    import_module("torch").set_num_threads(count)
 
 
 def _job_lines(audio: Sequence[str] | None, style: Style, path: Path | None) -> JobLines:

@@ -41,7 +41,7 @@ class Request:
 
         choice = self.choice
         hub = HubOptions(hub=choice.hub, revision=choice.revision, offline=choice.offline)
-        names = ("dtype", "compute_type", "threshold", "memory")
+        names = ("engine", "dtype", "compute_type", "threshold", "memory")
         precision = {name: getattr(choice, name) for name in names}
         return Fingerprint(identity(resolve(choice.model, hub)), {**precision, **self.options, **style})
 

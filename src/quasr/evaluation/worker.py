@@ -99,7 +99,9 @@ def measure(job: Job) -> Measurement:
 
     _set_threads(job.threads)
     started = time.perf_counter()
-    with load(job.model, device=job.device, compute_type=job.precision, hub=HubOptions(**job.hub)) as transcriber:
+    hub = HubOptions(**job.hub)
+    # One engine for all, so that precisions differ by nothing else.
+    with load(job.model, engine="torch", device=job.device, compute_type=job.precision, hub=hub) as transcriber:
         loaded = time.perf_counter() - started
         outcomes = evaluate(transcriber, job.clips, job.options)
         return _measurement(transcriber, loaded, tuple(outcomes))
