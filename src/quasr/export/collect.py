@@ -11,7 +11,7 @@ from torch import nn
 from quasr.errors import CheckpointError, OptionError
 from quasr.export.linear import FLOAT, ROWS, Format, Layer, Linear, fitting_group, write_linear
 from quasr.quant.apply import replace_layer, shaped_layer
-from quasr.quant.linear import QuantisedLinear
+from quasr.quant.linear import Int4Linear, QuantisedLinear
 from quasr.quant.recipe import EMBEDDING
 from quasr.quant.store import METADATA_FILE, read_saved
 from quasr.weights.load import assign, load_model, place_whole
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from quasr.model.asr import Qwen3ASR
     from quasr.model.config import ModelConfig
     from quasr.quant.recipe import Recipe
+    from quasr.quant.scheme import Scheme
     from quasr.weights.shard import Entry
     from quasr.weights.staging import Stored
 
@@ -92,16 +93,22 @@ def collect(folder: Path, config: ModelConfig, wanted: Wanted, files: Mapping[st
         load_model(folder, config, torch.float32, torch.device("cpu"), place=collector.place)
         return collector.found
 
+    schemes = _schemes(recipe, config, folder)
+
     def prepare(model: Qwen3ASR, _: Mapping[str, Entry]) -> None:
-        for name, scheme in recipe.assign(config).items():
+        for name, scheme in schemes.items():
             replace_layer(model, name, shaped_layer(model.get_submodule(name), scheme))
 
     original = replace(config, layout="original")
+    load_model(folder, original, torch.float32, torch.device("cpu"), prepare=prepare, place=collector.place)
+    return collector.found
+
+
+def _schemes(recipe: Recipe, config: ModelConfig, folder: Path) -> dict[str, Scheme]:
     try:
-        load_model(folder, original, torch.float32, torch.device("cpu"), prepare=prepare, place=collector.place)
+        return recipe.assign(config)
     except OptionError as error:
         raise CheckpointError(f"{folder}: {METADATA_FILE} does not fit config.json ({error})") from error
-    return collector.found
 
 
 def _weights(wanted: Wanted, recipe: Recipe | None, folder: Path) -> str:
@@ -162,11 +169,11 @@ class _Collector:
         if plain:
             return self._chosen(name, layer, by_rows)
         own, columns = _group(layer), _columns(layer)
-        if own == columns:
+        if own == columns and not isinstance(layer, Int4Linear):
             return ROWS if by_rows else Format(8, fitting_group(name, columns, self._wanted.group))
         if self._wanted.group not in (None, own):
             raise OptionError(f"{name} is quantised in groups of {own}: leave --group out")
-        return Format(8 // getattr(layer, "codes_a_byte", 1), own)
+        return Format(4 if isinstance(layer, Int4Linear) else 8, own)
 
     def _chosen(self, name: str, layer: Layer, by_rows: bool) -> Format:
         """Of a layer of a 16-bit source."""
