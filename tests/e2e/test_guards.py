@@ -248,9 +248,9 @@ def test_words_out_of_noise_are_told(transcriber: quasr.Transcriber, name: str) 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not NOISE.is_dir(), reason="the noise of ../shared/speech/noise is not on this machine")
-def test_music_has_no_words_or_a_warning(transcriber: quasr.Transcriber) -> None:
-    pieces = sorted((NOISE.parent / "music").glob("*.opus"))
-    assert len(pieces) == 4
+def test_music_without_a_singer_has_no_words_or_a_warning(transcriber: quasr.Transcriber) -> None:
+    pieces = [path for path in sorted((NOISE.parent / "music").glob("*.opus")) if "Hobbs" not in path.name]
+    assert len(pieces) == 3
     for result in transcriber.transcribe_batch(pieces):
         assert isinstance(result, quasr.Transcript)
-        assert not result.text or result.warnings
+        assert not result.text or "doubtful_speech" in {notice.code for notice in result.warnings}

@@ -209,7 +209,7 @@ def test_unsure_words_without_speech_are_kept_and_told() -> None:
 
 
 @pytest.mark.usefixtures("_no_speech")
-@pytest.mark.parametrize("line", [(english("Thank you."), -0.7), (NOTHING, -0.9)])
+@pytest.mark.parametrize("line", [(english("Thank you."), -0.4), (NOTHING, -0.9)])
 def test_sure_words_and_no_words_are_not_doubted(line: tuple[str, float]) -> None:
     assert run(Actor(line), noise(6.0))[1] == ()
     assert run(Actor((english("Thank you."), -0.9)), noise(6.0), guards=False)[1] == ()

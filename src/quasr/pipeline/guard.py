@@ -44,7 +44,7 @@ CONFIDENT_SECONDS = 0.5
 DOUBTFUL_SECONDS = 0.2
 """Less speech than this holds no words: of 533 spoken clips the one with least has 0.42 s (`docs/log.md`)."""
 
-UNSURE = -0.8
+UNSURE = -0.5
 """Mean log-probability of a text from which the detector is not asked: it would take more time than it is worth."""
 
 SPEECH_RANGE = 15.0
