@@ -26,7 +26,7 @@ def test_without_torch_it_says_what_to_install(
     captured = capsys.readouterr()
     lines = dict(line.split(maxsplit=1) for line in captured.out.splitlines())
     assert captured.err == ""
-    assert "would run           nothing: torch is not installed: pip install 'quasr[cuda]'" in captured.out
+    assert "engine torch        cannot run: torch is not installed: pip install 'quasr[cuda]'" in captured.out
     assert "cpu: " in lines["memory"]
     assert lines["numpy"]
 

@@ -16,14 +16,17 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 PACKAGES = (
-    "torch", "numpy", "av", "soxr", "tokenizers", "safetensors", "huggingface_hub", "modelscope", "jiwer",
+    "onnxruntime", "torch", "onnx", "numpy", "av", "soxr", "tokenizers", "safetensors", "huggingface_hub", "modelscope", "jiwer",
     "whisper-normalizer", "bitsandbytes",
 )  # fmt: skip
 
 
 def doctor(
     model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Verify the cached files of this hub id.", show_default=False)
+        str | None,
+        typer.Option(
+            "--model", "-m", help="Verify the cached files of this hub id, or an ONNX folder.", show_default=False
+        ),
     ] = None,
     hub: HubOption = "huggingface",
     revision: RevisionOption = None,
@@ -45,6 +48,7 @@ def _findings() -> Iterator[tuple[str, str]]:
         yield package, _version(package)
     yield from _devices()
     yield from _placement()
+    yield from _providers()
     yield from _demo()
 
 
@@ -71,29 +75,47 @@ def _placement() -> Iterator[tuple[str, str]]:
     try:
         placement = choose()
     except QuasrError as error:
-        yield "would run", f"nothing: {error}"
+        yield "engine torch", f"cannot run: {error}"
         return
-    yield "would run", f"torch on {placement.device}, {placement.dtype_name}"
+    yield "engine torch", f"would run on {placement.device}, {placement.dtype_name}"
     for reason in placement.reasons:
         yield "because", reason
-    yield "kernels", "plain PyTorch operations on every device: quasr has no kernels of its own yet"
+
+
+def _providers() -> Iterator[tuple[str, str]]:
+    from quasr.engine.onnx_session import PROVIDERS, choose_runtime
+
+    for provider in PROVIDERS:
+        name = f"provider {provider}"
+        try:
+            runtime = choose_runtime(provider)
+        except QuasrError as error:
+            yield name, str(error)
+        else:
+            yield name, f"engine onnx would run on {runtime.device}, {runtime.reasons[-1]}"
 
 
 def _demo() -> Iterator[tuple[str, str]]:
+    from quasr.pipeline.onnx import EngineWish, choose_engine
     from quasr.weights.hub import HubOptions, resolve
 
     try:
-        yield "demo model", str(resolve("demo", HubOptions()))
+        folder = resolve("demo", HubOptions())
+        choice = choose_engine("demo", folder, EngineWish())
     except QuasrError as error:
         yield "demo model", str(error)
+        return
+    yield "demo model", f"{choice.graphs or folder}: {choice.why}"
 
 
 def _verify(model: str, hub: str, revision: str | None) -> int:
-    """Compares the cached files with what was fetched: 0, or the exit code of a damaged checkpoint."""
+    """Compares files with what was fetched or exported: 0, or the exit code of a damaged checkpoint."""
+    from quasr.export.manifest import is_onnx_folder
+    from quasr.pipeline.onnx import verify_graphs
     from quasr.weights.hub import HubOptions, resolve, verify
 
     folder = resolve(model, HubOptions(hub=hub, revision=revision, offline=True))
-    damaged = verify(folder)
-    for line in damaged or [f"{folder} is as it was fetched"]:
+    damaged = verify_graphs(folder) if is_onnx_folder(folder) else verify(folder)
+    for line in damaged or [f"{folder} is as it was {'exported' if is_onnx_folder(folder) else 'fetched'}"]:
         result(_line(model, line))
     return CheckpointError.exit_code if damaged else 0

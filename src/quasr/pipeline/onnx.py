@@ -19,7 +19,7 @@ from quasr.export.manifest import VERSION, is_onnx_folder, read_manifest
 from quasr.pipeline.retry import SAME_WEIGHTS, Retry
 from quasr.quant.scheme import parse
 from quasr.weights.hub import DEMO_FOLDER
-from quasr.weights.record import identity
+from quasr.weights.record import digest, identity
 
 if TYPE_CHECKING:
     from quasr.engine.base import Engine
@@ -134,6 +134,16 @@ def onnx_retry(choice: Choice) -> Retry:
     if read_manifest(choice.graphs).weights == "fp32":
         return SAME_WEIGHTS
     return Retry("quantised", "the ONNX folder holds no 16-bit weights")
+
+
+def verify_graphs(folder: Path) -> list[str]:
+    """Hashes the files of an ONNX folder and returns a line for each whose content is not what was exported.
+
+    Raises CheckpointError as `read_manifest`.
+    """
+    files = read_manifest(folder).files
+    damaged = [name for name, file in files.items() if digest(folder / name).sha256 != file.sha256]
+    return [f"{name} has another content than when it was exported" for name in damaged]
 
 
 def _given(folder: Path, weights: Weights) -> Choice:
