@@ -215,5 +215,6 @@ def test_eval_prints_a_table_and_writes_json(hf: Path, wav: Path, tmp_path: Path
 def test_doctor_says_what_would_run(quasr: Quasr) -> None:
     done = quasr("doctor")
     assert done.returncode == 0, done.stderr
-    assert re.search(r"^would run +torch on ", done.stdout, re.MULTILINE)
+    assert re.search(r"^engine torch +would run on ", done.stdout, re.MULTILINE)
+    assert re.search(r"^provider cpu +engine onnx would run on cpu", done.stdout, re.MULTILINE)
     assert re.search(r"^memory +cpu: [\d,.]+ MB free of ", done.stdout, re.MULTILINE)

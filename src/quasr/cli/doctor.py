@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 PACKAGES = (
-    "onnxruntime", "torch", "onnx", "numpy", "av", "soxr", "tokenizers", "safetensors", "huggingface_hub", "modelscope", "jiwer",
-    "whisper-normalizer", "bitsandbytes",
+    "onnxruntime", "torch", "onnx", "numpy", "av", "soxr", "tokenizers", "safetensors", "huggingface_hub", "modelscope",
+    "jiwer", "whisper-normalizer", "bitsandbytes",
 )  # fmt: skip
 
 
@@ -80,6 +80,10 @@ def _placement() -> Iterator[tuple[str, str]]:
     yield "engine torch", f"would run on {placement.device}, {placement.dtype_name}"
     for reason in placement.reasons:
         yield "because", reason
+    from quasr.kernels import dispatch
+
+    kernels = dispatch.choose(placement.device, placement.dtype)
+    yield "kernels", f"{kernels.name}: {kernels.reason}"
 
 
 def _providers() -> Iterator[tuple[str, str]]:
