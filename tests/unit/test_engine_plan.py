@@ -13,10 +13,11 @@ import torch
 from quant_samples import CONFIG, network
 from torch.profiler import ProfilerActivity, profile
 
+from quasr.engine import fast_engine, mel_torch, torch_engine
 from quasr.engine import plan as planning
-from quasr.engine import torch_engine
 from quasr.engine.base import ClipRequest, token_budget
 from quasr.engine.device import Placement
+from quasr.engine.fast_engine import FastEngine
 from quasr.engine.plan import (
     CUDA_CONTEXT,
     Candidate,
@@ -100,6 +101,13 @@ def test_constants_are_those_of_the_network() -> None:
     assert planning.STEM_SLICE == encoder.STEM_SLICE
     assert planning.HEAD_NUMBERS == embedding.HEAD_NUMBERS
     assert planning.DROP_AT == torch_engine.DROP_AT
+
+
+def test_constants_are_those_of_the_fast_engine() -> None:
+    assert planning.MEL_SLICE == mel_torch.SLICE_FRAMES
+    assert planning.POSITIONS_MULTIPLE == fast_engine.POSITIONS_MULTIPLE
+    for name in ("PREFILL_SHARE", "LEAST_PREFILL", "MOST_PREFILL"):
+        assert getattr(planning, name) == getattr(fast_engine, name)
 
 
 def test_no_torch() -> None:
@@ -234,5 +242,32 @@ def test_peak_is_within_a_tenth_of_what_torch_allocates(config: ModelConfig, com
     found = estimate(config, Candidate(compute_type, recipe, Target("cpu", "fp32")), work)
     samples = np.zeros(work.frames * 160, np.float32)
     requests = [ClipRequest(samples, tuple(range(9)), tuple(range(6)), budget) for budget in (1, 3, 3, token_budget(5))]
+    measured = engine.info.weight_bytes + allocated(lambda: engine.run(requests))
+    assert found.tensors == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [STEM_HEAVY, HEAD_HEAVY, LAYER_HEAVY], ids=["stem", "head", "layer"])
+@pytest.mark.parametrize("compute_type", ["fp32", "int8"])
+def test_the_fast_engine_s_peak_is_within_a_tenth(
+    config: ModelConfig, compute_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU, whose attention writes no scores and where the samples lie outside; a few clips at a time."""
+    torch.manual_seed(0)
+    for module in (planning, fast_engine):
+        monkeypatch.setattr(module, "LEAST_PREFILL", 200)
+    # Else this stage would be the fullest of all.
+    monkeypatch.setattr(planning, "MEL_SLICE", 256)
+    monkeypatch.setattr(mel_torch, "SLICE_FRAMES", 256)
+    monkeypatch.setattr(planning, "score_bytes", lambda *_: 0)
+    monkeypatch.setattr(planning, "samples_bytes", lambda *_: 0)
+    model = Qwen3ASR(config).requires_grad_(False).eval()
+    recipe = recipe_for(compute_type)
+    quantise(model, recipe)
+    engine = FastEngine(model, (), Placement(torch.device("cpu"), torch.float32))
+    work = Work(5, 4, prompt=15)
+    found = estimate(config, Candidate(compute_type, recipe, Target("cuda", "fp32")), work)
+    samples = np.zeros(work.frames * 160, np.float32)
+    requests = [ClipRequest(samples, tuple(range(9)), tuple(range(6)), token_budget(5)) for _ in range(4)]
     measured = engine.info.weight_bytes + allocated(lambda: engine.run(requests))
     assert found.tensors == pytest.approx(measured, rel=0.1)

@@ -2,15 +2,16 @@
 
     peak = context + weights + max(encode, cache + prefill, cache + generate)
 
-Each term counts the tensors that are alive at its stage's fullest moment. They were checked against torch's own
-allocations on a CPU. On CUDA they are unmeasured: workspaces of cuDNN and gaps in the allocator are not counted.
+Each term counts the tensors that are alive at its stage's fullest moment, with the plain kernels: others need less.
+They were checked against torch's own allocations on a CPU. On CUDA they are unmeasured: workspaces of cuDNN and gaps in
+the allocator are not counted. The engine of GPUs takes a few clips at a time into a cache that is there before.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Literal
 
@@ -40,6 +41,15 @@ STEM_SLICE = 16
 HEAD_NUMBERS = 1 << 25
 """Weights that an int8 head dequantises at once."""
 
+MEL_SLICE = 4096
+"""Mel frames that are transformed at once on the device."""
+
+POSITIONS_MULTIPLE = 64
+"""The fast engine's cache comes in such pieces."""
+
+PREFILL_SHARE, LEAST_PREFILL, MOST_PREFILL = 8, 2048, 8192
+"""Positions that the fast engine encodes and prefills at once: an eighth of its cache, within bounds."""
+
 DROP_AT = 4
 """Finished rows leave the cache once they are a quarter of the batch."""
 
@@ -47,6 +57,9 @@ PIECES = (30.0, 20.0, 15.0, 10.0, 5.0)
 """Seconds of a clip, the longest that fits first."""
 
 LARGEST_BATCH = 8
+
+FAST_KINDS = frozenset({"int8", "int4"})
+"""Schemes that the fast engine's kernels read; 16-bit weights have none."""
 
 AUTOMATIC = ("int8", "int4-g32", "int4-g64", "int4")
 """What may be chosen after the plain dtypes, by falling precision."""
@@ -164,6 +177,8 @@ class Estimate:
 def estimate(config: ModelConfig, candidate: Candidate, work: Work) -> Estimate:
     """Raises OptionError where the candidate's groups do not divide the network's sizes."""
     target, recipe = candidate.target, candidate.recipe
+    if runs_fast(config, target, recipe):
+        return _fast_estimate(config, candidate, work)
     return Estimate(
         candidate,
         work,
@@ -173,6 +188,86 @@ def estimate(config: ModelConfig, candidate: Candidate, work: Work) -> Estimate:
         prefill=prefill_bytes(config, target, work, recipe),
         generate=generate_bytes(config, target, work, recipe),
     )
+
+
+def runs_fast(config: ModelConfig, target: Target, recipe: Recipe) -> bool:
+    """Whether the fast engine takes it: on a GPU, and with weights that its kernels read."""
+    kinds = {scheme.kind for name, scheme in recipe.assign(config).items() if name.startswith("decoder.")}
+    return target.device == "cuda" and kinds <= FAST_KINDS
+
+
+def _fast_estimate(config: ModelConfig, candidate: Candidate, work: Work) -> Estimate:
+    target, recipe = candidate.target, candidate.recipe
+    positions = work.batch * (work.prompt_length(config) + token_budget(work.seconds))
+    kept = math.ceil(positions / POSITIONS_MULTIPLE) * POSITIONS_MULTIPLE * position_bytes(config, target)
+    most = min(max(positions // PREFILL_SHARE, LEAST_PREFILL), MOST_PREFILL)
+    part = replace(work, batch=min(work.batch, max(1, most // work.prompt_length(config))))
+    encode = (
+        mel_bytes(config, part),
+        stem_bytes(config, target, part) + samples_bytes(part),
+        encoder_bytes(config, target, part, recipe) + samples_bytes(part),
+    )
+    return Estimate(
+        candidate,
+        work,
+        weights=_weight_bytes(config, recipe, target.item),
+        cache=kept,
+        encode=kept + max(encode),
+        prefill=packed_prefill_bytes(config, target, part, recipe) + score_bytes(config, target, part),
+        generate=step_bytes(config, target, work, recipe),
+    )
+
+
+def position_bytes(config: ModelConfig, target: Target) -> int:
+    """Keys and values of one position in all layers."""
+    return 2 * config.text.layers * config.text.kv_heads * config.text.head_dim * target.item
+
+
+def samples_bytes(work: Work) -> int:
+    """The clips themselves, in fp32."""
+    return work.batch * work.frames * 160 * 4
+
+
+def mel_bytes(config: ModelConfig, work: Work) -> int:
+    """A slice's windows in fp32, their spectrum and three times its power in fp64; and the frames so far, twice."""
+    windows = min(MEL_SLICE, work.batch * work.frames) * (400 * 4 + 201 * (16 + 3 * 8))
+    return samples_bytes(work) + windows + work.batch * work.frames * config.audio.mel_bins * 4
+
+
+def packed_prefill_bytes(config: ModelConfig, target: Target, work: Work, recipe: Recipe) -> int:
+    """The residual twice in fp32, and the fuller of attention, MLP and head, over packed prompts.
+
+    Attention holds q, k and v as one, turned q, k and v out of the cache, and q, its mixture and that again with
+    padding. The MLP holds gate and up as one, silu of the one and the product; before them the fused weight.
+    """
+    text, item = config.text, target.item
+    rows = work.batch * work.prompt_length(config)
+    queries, pairs = text.heads * text.head_dim, text.kv_heads * text.head_dim
+    attention = rows * (5 * queries + 4 * pairs) * item
+    weight = fused_bytes(config, target, recipe)
+    mlp = rows * (text.hidden + 2 * text.ffn) * item + max(rows * 2 * text.ffn * item, weight)
+    expanded = rows * text.hidden * item + 2 * weight
+    head = plain_head_bytes(config, target, work, recipe)
+    return 2 * rows * text.hidden * 4 + max(attention, mlp, expanded, head)
+
+
+def step_bytes(config: ModelConfig, target: Target, work: Work, recipe: Recipe) -> int:
+    """One token for every row: the larger of an expanded weight and the head."""
+    return max(2 * fused_bytes(config, target, recipe), plain_head_bytes(config, target, work, recipe))
+
+
+def fused_bytes(config: ModelConfig, target: Target, recipe: Recipe) -> int:
+    """Gate and up as one expanded weight; nothing where it is not quantised."""
+    quantised = _sizes(config, recipe, "decoder.layers.0.mlp.gate_proj")
+    return 2 * config.text.ffn * config.text.hidden * target.item if quantised else 0
+
+
+def plain_head_bytes(config: ModelConfig, target: Target, work: Work, recipe: Recipe) -> int:
+    """Logits in the network's dtype, in fp32 and their exponentials; an int8 head also expands a slice, twice."""
+    logits = work.batch * config.text.vocab_size * (target.item + 8)
+    numbers = min(HEAD_NUMBERS, config.text.vocab_size * config.text.hidden)
+    expanded = 2 * numbers * target.item if _sizes(config, recipe, EMBEDDING) and config.text.tied_head else 0
+    return max(logits, work.batch * config.text.vocab_size * target.item + expanded)
 
 
 def cache_bytes(config: ModelConfig, target: Target, work: Work) -> int:
