@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -79,6 +81,8 @@ def load_quantising(
         if leaf == "weight" and path in schemes:
             # The bias, still without memory, moves over and is filled when its turn comes.
             replace_layer(model, path, _read_layer(model.get_submodule(path), schemes[path], stored))
+            if device.type == "cpu":
+                _trim_heap()
         else:
             place_whole(model, name, stored)
 
@@ -86,6 +90,16 @@ def load_quantising(
         return load_model(folder, config, dtype, device, place=place)
     except torch.OutOfMemoryError as error:
         raise ResourceError(f"out of memory on {device} while quantising: quantise on the CPU and save") from error
+
+
+def _trim_heap() -> None:
+    """Gives the system what temporaries left free in glibc's heap between tensors that stay: 8 MB a layer of 1.7B.
+
+    See malloc_trim(3). Elsewhere nothing happens.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim:
+        trim(0)
 
 
 def _read_layer(layer: nn.Module, scheme: Scheme, stored: Stored) -> nn.Module:

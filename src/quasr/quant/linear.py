@@ -30,8 +30,8 @@ SHRINK = (1.0, 0.9, 0.8)
 SMALLEST_SCALE = 2.0**-24
 """fp16's smallest number: a scale may not round to zero."""
 
-BLOCK_NUMBERS = {"cpu": 1 << 20, "cuda": 1 << 22}
-"""Weights that are quantised at once: bounds the fp32 copies. 4 MB each stay in a CPU's cache; a GPU wants fewer
+BLOCK_NUMBERS = {"cpu": 1 << 18, "cuda": 1 << 22}
+"""Weights that are quantised at once: bounds the fp32 copies. 1 MB each stay in a CPU's cache; a GPU wants fewer
 launches, and affords 16."""
 
 SPLIT_NUMBERS = 1 << 24
