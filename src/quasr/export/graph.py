@@ -25,8 +25,9 @@ IR_VERSION = 11
 CONTRIB = "com.microsoft"
 """ONNX Runtime's own operators."""
 
-CONTRIB_OPS = {"FusedMatMul", "GroupQueryAttention", "MatMulNBits", "MultiHeadAttention", "QuickGelu"}
-CONTRIB_OPS |= {"SkipLayerNormalization", "SkipSimplifiedLayerNormalization", "MatMulIntegerToFloat"}
+CONTRIB_OPS = frozenset(
+    {"FusedMatMul", "GroupQueryAttention", "MatMulIntegerToFloat", "MatMulNBits", "MultiHeadAttention", "QuickGelu"}
+)
 
 Shape = tuple[int | str, ...]
 
