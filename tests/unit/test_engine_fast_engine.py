@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 import torch
 
+from quasr.audio.decode import load
 from quasr.engine import fast_engine
-from quasr.engine.base import ClipRequest, ClipResult, Ticket
+from quasr.engine.base import ClipRequest, ClipResult, Ticket, token_budget
 from quasr.engine.device import Placement
 from quasr.engine.fast_engine import FastEngine, FastOptions
 from quasr.engine.torch_engine import TorchEngine
-from quasr.errors import ModelError, ResourceError
+from quasr.errors import ModelError, OptionError, ResourceError
 from quasr.model.asr import Qwen3ASR
-from quasr.model.config import AudioConfig, ModelConfig, TextConfig
+from quasr.model.config import AudioConfig, ModelConfig, TextConfig, read_config
 from quasr.quant.apply import quantise
 from quasr.quant.recipe import recipe_for
+from quasr.quant.store import load_network
+from quasr.text.prompt import build_prompt
+from quasr.text.tokenizer import Tokenizer
+from quasr.weights.hub import DEMO_FOLDER
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -279,3 +286,32 @@ def test_info_stats_and_close() -> None:
     engine.close()
     with pytest.raises(RuntimeError, match="closed"):
         engine.run(REQUESTS[:1])
+
+
+@pytest.mark.parametrize("rows", [0, 257])
+def test_rows_beyond_the_graphs_are_refused(rows: int) -> None:
+    with pytest.raises(OptionError, match="1 to 256 rows"):
+        fast(build(), rows=rows)
+
+
+SPEECH = Path(__file__).resolve().parents[2] / "../shared/speech/public"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SPEECH.is_dir(), reason="the public speech clips are not here")
+@pytest.mark.parametrize("compute_type", ["fp32", "int8", "int4"])
+def test_the_demo_model_s_texts_are_the_plain_engine_s(compute_type: str) -> None:
+    lines = map(json.loads, (SPEECH / "manifest.jsonl").read_text(encoding="utf-8").splitlines())
+    chosen = [line["path"] for line in lines if 1.5 < line["seconds"] < 4][::40][:5]
+    config, tokenizer = read_config(DEMO_FOLDER), Tokenizer.from_folder(DEMO_FOLDER)
+    prompt, stops = build_prompt(tokenizer), (*config.eos_token_ids, tokenizer.special.im_end)
+    clips = [load(SPEECH / path) for path in chosen]
+    requests = [ClipRequest(x, prompt.prefix, prompt.suffix, token_budget(len(x) / 16_000), True) for x in clips]
+    recipe = recipe_for("auto" if compute_type == "fp32" else compute_type)
+    network, scheme = load_network(DEMO_FOLDER, config, recipe, CPU.dtype, CPU.device)
+    expected = TorchEngine(network, stops, CPU, scheme).run(requests)
+    assert sum(len(one.tokens) for one in expected) > 5 * len(requests) > 0
+    engine = FastEngine(network, stops, CPU, scheme, FastOptions(rows=2))
+    same(engine.run(requests), expected)
+    drafted = [replace(one, draft=result.tokens) for one, result in zip(requests, expected, strict=True)]
+    same(engine.run(drafted), expected)

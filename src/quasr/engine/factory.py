@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 from quasr.engine.fast import refusal
-from quasr.engine.fast_engine import FastEngine
+from quasr.engine.fast_engine import FastEngine, FastOptions
 from quasr.engine.torch_engine import TorchEngine
 from quasr.errors import OptionError
 
@@ -21,12 +21,17 @@ EngineName = Literal["auto", "fast", "torch"]
 
 
 def make_engine(
-    model: Qwen3ASR, stop_ids: Collection[int], placement: Placement, scheme: str, engine: EngineName = "auto"
+    model: Qwen3ASR,
+    stop_ids: Collection[int],
+    placement: Placement,
+    scheme: str,
+    engine: EngineName = "auto",
+    cache_bytes: int | None = None,
 ) -> Engine:
     """The engine for a network that lies on `placement.device`; the reason stands in its `info.reasons`.
 
-    "auto" is the fast engine on a GPU where it has kernels for all layers. Raises OptionError where "fast" is asked for
-    and has none.
+    "auto" is the fast engine on a GPU where it has kernels for all layers; `cache_bytes` bounds its cache.
+    Raises OptionError where "fast" is asked for and has none.
     """
     why_not = _why_not_fast(model, placement)
     if engine == "fast" and why_not and placement.device.type == "cuda":
@@ -34,7 +39,7 @@ def make_engine(
     if engine == "torch" or (engine == "auto" and why_not):
         why = "the torch engine was asked for" if engine == "torch" else f"the torch engine: {why_not}"
         return TorchEngine(model, stop_ids, replace(placement, reasons=(*placement.reasons, why)), scheme)
-    return FastEngine(model, stop_ids, placement, scheme)
+    return FastEngine(model, stop_ids, placement, scheme, FastOptions(cache_bytes=cache_bytes))
 
 
 def _why_not_fast(model: Qwen3ASR, placement: Placement) -> str | None:

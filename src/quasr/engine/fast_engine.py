@@ -26,6 +26,7 @@ from quasr.engine.rows import Clip, Rows
 from quasr.engine.spans import Spans
 from quasr.engine.steps import BUCKETS, Steps
 from quasr.engine.torch_engine import memory_advice
+from quasr.errors import OptionError
 from quasr.kernels import dispatch
 from quasr.model.transfer import to_device
 
@@ -63,11 +64,15 @@ UNKNOWN_MEMORY = 4 << 30
 @dataclass(frozen=True, slots=True)
 class FastOptions:
     """rows: clips that are decoded together; cache_bytes: most memory of keys and values, None: most of what is free;
-    graphs: CUDA graphs, where device and kernels allow them."""
+    graphs: CUDA graphs, where device and kernels allow them. Raises OptionError for rows that no graph has."""
 
     rows: int = BUCKETS[-1]
     cache_bytes: int | None = None
     graphs: bool = True
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.rows <= BUCKETS[-1]:
+            raise OptionError(f"{self.rows} rows: a batch has 1 to {BUCKETS[-1]} rows")
 
 
 class FastEngine:

@@ -40,9 +40,12 @@ def stop_ids(config: ModelConfig, tokenizer: Tokenizer) -> frozenset[int]:
     return frozenset({*config.eos_token_ids, tokenizer.special.im_end, tokenizer.special.endoftext})
 
 
-def torch_engine(source: Source, placement: Placement, recipe: Recipe, offload: int = 0) -> Engine:
+def torch_engine(
+    source: Source, placement: Placement, recipe: Recipe, offload: int = 0, cache_bytes: int | None = None
+) -> Engine:
     """The folder's network in torch, quantised by `recipe`; `offload` decoder layers stay in main memory.
 
+    `cache_bytes`: most memory of keys and values that grow with the work, as a memory plan says.
     Raises CheckpointError, ResourceError, OptionError and MissingDependencyError.
     """
     # Here and not above, so that `from quasr import Transcriber` costs no torch.
@@ -52,7 +55,7 @@ def torch_engine(source: Source, placement: Placement, recipe: Recipe, offload: 
     if offload:
         return _offloaded_engine(source, placement, recipe, offload)
     network, scheme = load_network(source.folder, source.config, recipe, placement.dtype, placement.device)
-    return make_engine(network, source.stops, placement, scheme)
+    return make_engine(network, source.stops, placement, scheme, cache_bytes=cache_bytes)
 
 
 def _offloaded_engine(source: Source, placement: Placement, recipe: Recipe, count: int) -> Engine:

@@ -140,7 +140,8 @@ class _Asked:
         planned = plan_folder(source.folder, source.config, precision, wish)
         recipe, placement = planned.chosen.candidate.recipe, _as_planned(placement, planned)
         retry = second_tries(source, placement, recipe, planned=True)
-        return torch_engine(source, placement, recipe), retry, planned.chosen.work
+        running = torch_engine(source, placement, recipe, cache_bytes=planned.chosen.cache)
+        return running, retry, planned.chosen.work
 
 
 class Transcriber:
