@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Protocol
 
 from quasr.errors import OptionError
@@ -21,6 +22,11 @@ if TYPE_CHECKING:
 
 VARIABLE = "QUASR_KERNELS"
 """The environment variable that forces the plain kernels with `reference`; `auto` is the default."""
+
+
+FIRST_CAPABILITY = (7, 5)
+FIRST_BF16_CAPABILITY = (8, 0)
+"""CUDA compute capabilities that the kernels are written for, and that bf16 needs."""
 
 
 class Linear(Protocol):
@@ -89,4 +95,30 @@ def choose(device: torch.device, dtype: torch.dtype) -> Kernels:
         raise OptionError(f"{VARIABLE} is {wish!r}: use auto or reference")
     if wish == "reference":
         return plain(f"{VARIABLE}=reference asks for it")
-    return plain(f"Triton kernels need a CUDA device, and this is {device.type}")
+    lack = _lack(device, dtype)
+    return plain(lack) if lack else _triton(device, dtype)
+
+
+def _lack(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why Triton kernels cannot run, or None."""
+    import torch
+
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        if device.type != "cuda":
+            return f"Triton kernels need a CUDA device, and this is {device.type}"
+        capability = torch.cuda.get_device_capability(device)
+        least = FIRST_BF16_CAPABILITY if dtype == torch.bfloat16 else FIRST_CAPABILITY
+        if capability < least:
+            return f"Triton kernels in {dtype} need compute capability {least}, and this GPU has {capability}"
+    if find_spec("triton") is None:
+        return "Triton is not installed"
+    return None
+
+
+def _triton(device: torch.device, dtype: torch.dtype) -> Kernels:
+    from quasr.kernels import triton_attention, triton_linear, triton_rows
+
+    modules = (triton_linear, triton_attention, triton_rows)
+    table = {name: next(getattr(module, name) for module in modules if hasattr(module, name)) for name in OPERATIONS}
+    where = "Triton's interpreter" if device.type == "cpu" else f"Triton on {device}"
+    return Kernels("triton", f"{where} in {dtype}", device.type == "cuda", **table)

@@ -1,0 +1,143 @@
+"""Products of any number of rows: which kernel takes them, and what is launched."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+
+from quasr.kernels import triton_matvec, triton_product
+from quasr.kernels.triton_launch import block, launch_options, pdl_works
+from quasr.kernels.triton_matvec import ADD, GATE, HEAD, PLAIN
+from quasr.kernels.triton_rows import rms_norm, settle, silu_gate
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from quasr.kernels.matrix import Matrix, Norm
+
+TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+MATVEC_ROWS = 4
+"""Most rows that `triton_matvec` takes."""
+PRODUCT_ROWS = 256
+"""Most rows for which codes are turned into numbers in the tile; above, once, for a product of torch."""
+
+
+def linear(x: Tensor, matrix: Matrix, norm: Norm | None = None) -> Tensor:
+    """See `reference.linear`."""
+    if route(matrix, len(x)) == "torch":
+        return F.linear(x if norm is None else rms_norm(x, norm), dequantise(matrix))
+    out = torch.empty(len(x), matrix.rows, dtype=matrix.dtype, device=x.device)
+    _launch(x, matrix, norm, (out,), PLAIN)
+    return out
+
+
+def add_linear(x: Tensor, matrix: Matrix, residual: Tensor) -> None:
+    """See `reference.add_linear`."""
+    if route(matrix, len(x)) == "torch":
+        residual += F.linear(x, dequantise(matrix))
+    else:
+        _launch(x, matrix, None, (residual,), ADD)
+
+
+def gated_linear(x: Tensor, matrix: Matrix, norm: Norm) -> Tensor:
+    """See `reference.gated_linear`."""
+    if route(matrix, len(x)) == "torch":
+        return silu_gate(F.linear(rms_norm(x, norm), dequantise(matrix)))
+    out = torch.empty(len(x), matrix.rows // 2, dtype=matrix.dtype, device=x.device)
+    _launch(x, matrix, norm, (out,), GATE)
+    return out
+
+
+def choose(x: Tensor, norm: Norm, head: Matrix) -> tuple[Tensor, Tensor]:
+    """See `reference.choose`. The logits stay in registers: only each block's maximum and sum are written."""
+    found = [_head(part, norm, head) for part in x.split(PRODUCT_ROWS)]
+    return found[0] if len(found) == 1 else (torch.cat([a for a, _ in found]), torch.cat([b for _, b in found]))
+
+
+def route(matrix: Matrix, m: int) -> str:
+    """`matvec`, `product` or `torch`: which kernel multiplies m rows by this matrix."""
+    if m <= MATVEC_ROWS and triton_matvec.fits(matrix):
+        return "matvec"
+    if matrix.bits == 16 and m > MATVEC_ROWS:
+        return "torch"
+    return "product" if m <= PRODUCT_ROWS else "torch"
+
+
+def dequantise(matrix: Matrix) -> Tensor:
+    """See `reference.dequantise`."""
+    if matrix.scale is None:
+        return matrix.weight
+    out = torch.empty(matrix.rows, matrix.columns, dtype=matrix.dtype, device=matrix.weight.device)
+    triton_product.dequantisation[triton.cdiv(matrix.rows, 16), triton.cdiv(matrix.columns, 256)](
+        matrix.weight, matrix.scale, out, matrix.rows, matrix.columns,
+        BITS=matrix.bits, GROUP=matrix.group, BN=16, BK=256, TYPE=TYPES[matrix.dtype],
+    )  # fmt: skip
+    return out
+
+
+def _head(x: Tensor, norm: Norm, head: Matrix) -> tuple[Tensor, Tensor]:
+    rows = _rows_a_program(head, len(x))
+    shape = (len(x), triton.cdiv(head.rows, rows))
+    best, totals = (torch.empty(shape, dtype=torch.float32, device=x.device) for _ in range(2))
+    places = torch.empty(shape, dtype=torch.int32, device=x.device)
+    _launch(x, head, norm, (best, places, totals), HEAD)
+    return settle(best, places, totals)
+
+
+def _rows_a_program(matrix: Matrix, m: int) -> int:
+    """Rows of the head that share a maximum."""
+    if m <= MATVEC_ROWS and triton_matvec.fits(matrix):
+        return triton_matvec.plan(matrix, HEAD).block_rows
+    return triton_product.plan(matrix, m, gate=False).rows
+
+
+def _launch(x: Tensor, matrix: Matrix, norm: Norm | None, out: tuple[Tensor, ...], mode: int) -> None:
+    if len(x) <= MATVEC_ROWS and triton_matvec.fits(matrix):
+        _launch_matvec(x, matrix, norm, out, mode)
+    else:
+        _launch_product(x if norm is None else rms_norm(x, norm), matrix, out, mode)
+
+
+def _outputs(matrix: Matrix, mode: int) -> int:
+    return matrix.rows // 2 if mode == GATE else matrix.rows
+
+
+def _group(matrix: Matrix) -> int:
+    """Columns that share a scale, where a row has several; else 0."""
+    return 0 if matrix.group == matrix.columns else matrix.group
+
+
+def _launch_matvec(x: Tensor, matrix: Matrix, norm: Norm | None, out: tuple[Tensor, ...], mode: int) -> None:
+    chosen = triton_matvec.plan(matrix, mode)
+    n, k = _outputs(matrix, mode), matrix.columns
+    group = triton_matvec.group_of(matrix)
+    pdl = chosen.pdl and pdl_works(x.device)
+    triton_matvec.matvec[triton.cdiv(n, chosen.block_rows),](
+        x, matrix.weight, matrix.weight if matrix.scale is None else matrix.scale,
+        matrix.weight if norm is None else norm.weight, out[0], out[-2 if len(out) > 1 else 0], out[-1],
+        len(x), n, k, 0.0 if norm is None else norm.eps,
+        BITS=matrix.bits, GROUP=group, SCALED=matrix.scale is not None and group == 0, NORM=norm is not None, MODE=mode,
+        M=block(len(x)), BN=chosen.block_rows, BK=chosen.block_columns, CHUNKS=triton.cdiv(k, chosen.block_columns),
+        EVEN=k % chosen.block_columns == 0 and n % chosen.block_rows == 0, PDL=pdl,
+        **launch_options(chosen.warps, pdl),
+    )  # fmt: skip
+
+
+def _launch_product(x: Tensor, matrix: Matrix, out: tuple[Tensor, ...], mode: int) -> None:
+    chosen = triton_product.plan(matrix, len(x), gate=mode == GATE)
+    n = _outputs(matrix, mode)
+    group = _group(matrix)
+    pdl = pdl_works(x.device)
+    triton_product.product[triton.cdiv(n, chosen.rows), triton.cdiv(len(x), chosen.lines)](
+        x, matrix.weight, matrix.weight if matrix.scale is None else matrix.scale,
+        out[0], out[-2 if len(out) > 1 else 0], out[-1], len(x), n, matrix.columns,
+        BITS=matrix.bits, GROUP=group, SCALED=matrix.scale is not None and group == 0, MODE=mode,
+        SWAP=chosen.lines <= 32, BM=chosen.lines, BN=chosen.rows, BK=chosen.columns, TYPE=TYPES[matrix.dtype],
+        PRECISION="ieee" if matrix.dtype == torch.float32 else "tf32", PDL=pdl,
+        **launch_options(chosen.warps, pdl, chosen.stages),
+    )  # fmt: skip
