@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from quasr.kernels.state import DecodeState, Places
 
 VARIABLE = "QUASR_KERNELS"
-"""The environment variable that forces the plain kernels with `reference`; `auto` is the default."""
+"""The environment variable: `auto`, the default, `reference` for the plain kernels, or `triton`, which fails loudly."""
 
 
 FIRST_CAPABILITY = (7, 5)
@@ -88,34 +88,36 @@ def plain(reason: str) -> Kernels:
 def choose(device: torch.device, dtype: torch.dtype) -> Kernels:
     """What runs on `device` with weights (or scales) of `dtype`; picked once for each.
 
-    Raises OptionError where the environment variable QUASR_KERNELS is neither `auto` nor `reference`.
+    Raises OptionError where the environment variable QUASR_KERNELS is unknown, or asks for what cannot run.
     """
     wish = os.environ.get(VARIABLE, "auto")
-    if wish not in ("auto", "reference"):
-        raise OptionError(f"{VARIABLE} is {wish!r}: use auto or reference")
+    if wish not in ("auto", "reference", "triton"):
+        raise OptionError(f"{VARIABLE} is {wish!r}: use auto, reference or triton")
     if wish == "reference":
         return plain(f"{VARIABLE}=reference asks for it")
     lack = _lack(device, dtype)
-    return plain(lack) if lack else _triton(device, dtype)
+    if lack is None:
+        return triton(device, dtype)
+    if wish == "triton":
+        raise OptionError(f"{VARIABLE} is triton, but {lack}: use auto")
+    return plain(lack)
 
 
 def _lack(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why Triton kernels cannot run, or None."""
     import torch
 
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        if device.type != "cuda":
-            return f"Triton kernels need a CUDA device, and this is {device.type}"
-        capability = torch.cuda.get_device_capability(device)
-        least = FIRST_BF16_CAPABILITY if dtype == torch.bfloat16 else FIRST_CAPABILITY
-        if capability < least:
-            return f"Triton kernels in {dtype} need compute capability {least}, and this GPU has {capability}"
-    if find_spec("triton") is None:
-        return "Triton is not installed"
-    return None
+    if device.type != "cuda":
+        return f"Triton kernels need a CUDA device, and this is {device.type}"
+    capability = torch.cuda.get_device_capability(device)
+    least = FIRST_BF16_CAPABILITY if dtype == torch.bfloat16 else FIRST_CAPABILITY
+    if capability < least:
+        return f"Triton kernels in {dtype} need compute capability {least}, and this GPU has {capability}"
+    return None if find_spec("triton") else "Triton is not installed"
 
 
-def _triton(device: torch.device, dtype: torch.dtype) -> Kernels:
+def triton(device: torch.device, dtype: torch.dtype) -> Kernels:
+    """The Triton kernels for every operation; on a CPU they need Triton's interpreter and serve tests alone."""
     from quasr.kernels import triton_attention, triton_linear, triton_rows
 
     modules = (triton_linear, triton_attention, triton_rows)

@@ -209,5 +209,5 @@ def plan(matrix: Matrix, mode: int) -> Plan:
     columns = block_columns(matrix)
     chunks = triton.cdiv(matrix.columns, columns)
     rows = max(1, 16384 * 8 // (min(matrix.bits, matrix.weight.element_size() * 8) * columns * chunks))
-    rows = block(rows + 1) // 2
-    return Plan(max(rows // 2, 1) if mode == GATE else min(rows, 16), columns, 4, True)
+    rows = min(block(rows + 1) // 2, 16)
+    return Plan(max(rows // 2, 1) if mode == GATE else rows, columns, 4, True)

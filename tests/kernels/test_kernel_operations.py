@@ -1,0 +1,240 @@
+"""Every Triton kernel against the plain reference: on a GPU where there is one, else interpreted, with small shapes."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from fast_samples import DEVICE
+
+from quasr.errors import OptionError
+from quasr.kernels import dispatch, reference
+from quasr.kernels.matrix import Heads, Matrix, Norm
+from quasr.kernels.state import DecodeState, Places
+from quasr.quant.linear import pack, quantise_int4, quantise_int8
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+
+pytest.importorskip("triton")
+torch.set_num_threads(1)
+
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+"""Of ||out - reference|| / ||reference||; 16-bit outputs are rounded once or twice, in other places."""
+
+WIDE = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE.type == "cuda")
+"""The interpreter has no products in bf16."""
+
+SHAPES = [(34, 192), (48, 80), (129, 320)]
+"""Rows and columns of matrices: neither is a power of two."""
+
+
+@pytest.fixture(autouse=True)
+def _poisoned() -> Iterator[None]:
+    """Memory that is not written yet holds NaN; every test draws numbers of its own."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3, device=DEVICE).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def kernels(dtype: torch.dtype) -> dispatch.Kernels:
+    return dispatch.triton(DEVICE, dtype)
+
+
+def matrix(rows: int, columns: int, scheme: str, dtype: torch.dtype) -> Matrix:
+    weight = torch.randn(rows, columns, device=DEVICE).to(dtype)
+    kind, _, group = scheme.partition("-")
+    if kind == "none":
+        return Matrix(weight)
+    if kind == "int8":
+        return Matrix(*quantise_int8(weight, int(group or 0)))
+    codes, scale = quantise_int4(weight, int(group))
+    return Matrix(pack(codes), scale)
+
+
+def norm(size: int, dtype: torch.dtype) -> Norm:
+    return Norm((torch.rand(size, device=DEVICE) + 0.5).to(dtype), 1e-6)
+
+
+def exact(weights: Matrix) -> Matrix:
+    """The same numbers in fp32."""
+    return Matrix(
+        reference.dequantise(Matrix(weights.weight, None if weights.scale is None else weights.scale.float()))
+    )
+
+
+def close(got: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    assert got.isfinite().all()
+    error = (got.double() - expected.double()).norm() / expected.double().norm()
+    assert error < TOLERANCE[dtype]
+
+
+def products(scheme: str, dtype: torch.dtype, m: int, shape: tuple[int, int]) -> None:
+    """The three products and the head, with the reference in fp32 throughout."""
+    rows, columns = shape
+    weights, table = matrix(rows, columns, scheme, dtype), kernels(dtype)
+    wide, gain = exact(weights), norm(columns, dtype)
+    x = 3 * torch.randn(m, columns, device=DEVICE)
+    fp32 = Norm(gain.weight.float(), gain.eps)
+    close(table.linear(x, weights, gain), reference.linear(x, wide, fp32), dtype)
+    close(table.linear(x.to(dtype), weights), reference.linear(x.to(dtype).float(), wide), dtype)
+    even = Matrix(weights.weight[: rows // 2 * 2], None if weights.scale is None else weights.scale[: rows // 2 * 2])
+    close(table.gated_linear(x, even, gain), reference.gated_linear(x, exact(even), fp32), dtype)
+    got = torch.randn(m, rows, device=DEVICE)
+    expected = got.clone()
+    table.add_linear(x.to(dtype), weights, got)
+    reference.add_linear(x.to(dtype).float(), wide, expected)
+    close(got, expected, dtype)
+    chosen(table.choose(x, gain, weights), reference.linear(x, wide, fp32), dtype)
+
+
+def chosen(found: tuple[Tensor, Tensor], logits: Tensor, dtype: torch.dtype) -> None:
+    """A token whose logit is the largest but for rounding, with its log-probability."""
+    tokens, logprobs = found
+    slack = 10 * TOLERANCE[dtype] * float(logits.abs().max())
+    of_tokens = logits.gather(1, tokens[:, None])[:, 0]
+    assert (of_tokens >= logits.amax(1) - slack).all()
+    torch.testing.assert_close(logprobs, of_tokens - logits.logsumexp(1), atol=slack, rtol=0)
+
+
+@pytest.mark.parametrize("m", [1, 3, 17])
+@pytest.mark.parametrize("scheme", ["int8", "int4-32"])
+def test_products(scheme: str, m: int) -> None:
+    products(scheme, torch.float32, m, (34, 192))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("m", [1, 3, 17, 40, 70])
+@pytest.mark.parametrize("dtype", WIDE, ids=str)
+@pytest.mark.parametrize("scheme", ["none", "int8", "int8-16", "int4-16"])
+def test_products_of_awkward_shapes(scheme: str, dtype: torch.dtype, m: int, shape: tuple[int, int]) -> None:
+    products(scheme, dtype, m, shape)
+
+
+@pytest.mark.parametrize("scheme", ["none", "int8-16", "int4-64"])
+def test_one_row_in_bf16(scheme: str) -> None:
+    products(scheme, torch.bfloat16, 1, (34, 128))
+
+
+@pytest.mark.slow
+def test_many_rows_are_multiplied_by_torch() -> None:
+    products("int4-64", WIDE[-1], 300, (48, 192))
+
+
+def test_of_equal_logits_the_first_wins() -> None:
+    """Rows 40 and 3 of the head are equal and the largest, in different programs."""
+    weights = torch.randn(70, 32, device=DEVICE)
+    weights[[40, 3]] = 9.0
+    x = torch.ones(2, 32, device=DEVICE)
+    tokens, _ = kernels(torch.float32).choose(x, norm(32, torch.float32), Matrix(weights))
+    assert tokens.tolist() == [3, 3]
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter counts in numpy
+def test_nan_shows_in_the_log_probability() -> None:
+    x = torch.randn(3, 32, device=DEVICE)
+    x[1, 5] = torch.nan
+    weights = matrix(70, 32, "int8", torch.float32)
+    tokens, logprobs = kernels(torch.float32).choose(x, norm(32, torch.float32), weights)
+    assert logprobs.isnan().tolist() == [False, True, False]
+    assert 0 <= int(tokens[1]) < 70
+
+
+@pytest.mark.parametrize("scheme", ["none", "int8"])
+def test_embedding(scheme: str) -> None:
+    table = matrix(50, 80, scheme, torch.float16)
+    tokens = torch.tensor([49, 0, 7], device=DEVICE)
+    expected = exact(table).weight[tokens]
+    close(kernels(torch.float16).embed(tokens, table), expected, torch.float16)
+
+
+def heads_of(count: int, kv_count: int, size: int, dtype: torch.dtype) -> Heads:
+    rates = 1 / 1e4 ** (torch.arange(0, size, 2, device=DEVICE).float() / size)
+    return Heads(count, kv_count, size, norm(size, dtype), norm(size, dtype), rates)
+
+
+PLACES = {
+    "first": ([5], [0], [False]),
+    "two": ([90, 3], [41, 60], [False, True]),
+    "ragged": ([120, 0, 90, 60], [77, 55, 0, 29], [False, False, True, False]),
+    "all idle": ([0, 10, 30], [9, 20, 3], [True, True, True]),
+}
+"""Offsets, lengths, idle rows."""
+
+
+def attention(dtype: torch.dtype, heads: Heads, case: str) -> None:
+    """Rotation and write, attention, and both at once; positions that no row owns hold NaN."""
+    offsets, lengths, idle = (torch.tensor(numbers, device=DEVICE) for numbers in PLACES[case])
+    places, table = Places(offsets, lengths, idle), kernels(dtype)
+    x = 2 * torch.randn(len(offsets), heads.width, device=DEVICE).to(dtype)
+    shape = (heads.kv_count, 200, heads.size)
+    stores = [torch.full(shape, torch.nan, device=DEVICE, dtype=dtype) for _ in range(2)]
+    for store in stores:
+        for start, filled in zip(offsets.tolist(), lengths.tolist(), strict=True):
+            store[:, start : start + filled] = torch.randn(heads.kv_count, filled, heads.size, device=DEVICE).to(dtype)
+    expected, apart, fused = ([store.clone() for store in stores] for _ in range(3))
+    q = reference.rotate_write(x, *expected, places, heads)
+    close(table.rotate_write(x, *apart, places, heads), q, dtype)
+    y = reference.attend(q, *expected, places, heads)
+    for got in (table.attend(q, *expected, places, heads), table.attend_step(x, *fused, places, heads)):
+        assert got.isfinite().all()
+        torch.testing.assert_close(got.float(), y.float(), atol=4 * TOLERANCE[dtype], rtol=4 * TOLERANCE[dtype])
+    for found in (apart, fused):
+        for new, old in zip(found, expected, strict=True):
+            torch.testing.assert_close(new.float(), old.float(), atol=0, rtol=2 * TOLERANCE[dtype], equal_nan=True)
+
+
+def test_attention() -> None:
+    attention(torch.float32, heads_of(3, 1, 16, torch.float32), "two")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", PLACES)
+@pytest.mark.parametrize("dtype", WIDE, ids=str)
+@pytest.mark.parametrize("counts", [(6, 2, 16), (4, 4, 32), (16, 8, 24), (5, 1, 80)], ids=str)
+def test_attention_of_awkward_shapes(counts: tuple[int, int, int], dtype: torch.dtype, case: str) -> None:
+    attention(dtype, heads_of(*counts, dtype), case)
+
+
+def test_rows_stop_and_stay() -> None:
+    """Rows: one goes on, one meets a stop token, one uses its budget up, one is finished, one ends by both."""
+    states = []
+    for advance in (reference.advance, kernels(torch.float32).advance):
+        state = DecodeState.allocate(5, 6, [7, 3], DEVICE)
+        state.lengths.copy_(torch.tensor([10, 20, 30, 40, 50]))
+        state.cursor.copy_(torch.tensor([1, 2, 3, 4, 5]))
+        state.limits.copy_(torch.tensor([6, 6, 4, 6, 6]))
+        state.finished.copy_(torch.tensor([False, False, False, True, False]))
+        advance(state, torch.tensor([5, 3, 9, 8, 7], device=DEVICE), -torch.arange(5.0, device=DEVICE))
+        states.append(state)
+    plain, fast = states
+    for name in ("tokens", "lengths", "cursor", "finished", "history", "logprobs"):
+        assert torch.equal(getattr(fast, name), getattr(plain, name)), name
+    assert fast.lengths.tolist() == [11, 21, 31, 40, 51]
+    assert fast.finished.tolist() == [False, True, True, True, True]
+    assert fast.cursor.tolist() == [2, 2, 4, 4, 5]
+    assert fast.history.tolist()[0] == [0, 5, 0, 0, 0, 0]
+
+
+def test_the_table_says_what_runs_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    for wish, reason in (("auto", "this is cpu"), ("reference", "QUASR_KERNELS=reference asks for it")):
+        monkeypatch.setenv(dispatch.VARIABLE, wish)
+        dispatch.choose.cache_clear()
+        table = dispatch.choose(cpu, torch.float32)
+        assert table.name == "reference"
+        assert len(table.lines()) == len(dispatch.OPERATIONS)
+        assert all("quasr.kernels.reference" in line and reason in line for line in table.lines())
+    for wish in ("triton", "fast"):
+        monkeypatch.setenv(dispatch.VARIABLE, wish)
+        dispatch.choose.cache_clear()
+        with pytest.raises(OptionError, match=dispatch.VARIABLE):
+            dispatch.choose(cpu, torch.float32)
+    dispatch.choose.cache_clear()
