@@ -69,7 +69,8 @@ class EngineInfo:
     """What runs, where, and why: printed by `quasr doctor` and in the timing lines.
 
     `dtype` is what is computed in, `scheme` the recipe that the weights are quantised by, `weight_bytes` their memory
-    with scales and all.
+    with scales and all. `in_flight`: clips that it is best given at once, of which it decodes as many as fit while the
+    others wait; 0 where a batch of the caller's size is all that it can use.
     """
 
     name: str
@@ -78,6 +79,7 @@ class EngineInfo:
     weight_bytes: int
     reasons: tuple[str, ...] = ()
     scheme: str = "none"
+    in_flight: int = 0
 
 
 @dataclass(slots=True)

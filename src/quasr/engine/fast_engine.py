@@ -57,6 +57,9 @@ PREFILL_SHARE, LEAST_PREFILL, MOST_PREFILL = 8, 2048, 8192
 FREE_SHARE = 0.8
 """Of the device's free memory, what the cache may take; the rest is for activations."""
 
+USUAL_POSITIONS, WAITING = 850, 8
+"""Cache positions of a piece of 30 s with its budget; and clips that are at hand when some end."""
+
 UNKNOWN_MEMORY = 4 << 30
 """Bytes that are taken for free on systems that do not say."""
 
@@ -119,6 +122,7 @@ class FastEngine:
             weight_bytes=sum(weight.nbytes for weight in chain(model.parameters(), model.buffers())),
             reasons=(*placement.reasons, how),
             scheme=scheme,
+            in_flight=min(self._options.rows, self._most // USUAL_POSITIONS) + WAITING,
         )
 
     @property

@@ -6,11 +6,12 @@ does not grow with their length, and they finish in the order they came in.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from itertools import chain, islice
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,6 +23,7 @@ from quasr.audio.source import name_of
 from quasr.audio.vad import detector, mostly_silent
 from quasr.engine.base import ClipRequest, token_budget
 from quasr.errors import AudioError, AudioTooLargeError
+from quasr.pipeline.feed import answers
 from quasr.pipeline.guard import (
     Case,
     Verdict,
@@ -39,14 +41,14 @@ from quasr.text.prompt import build_prompt
 from quasr.types import SAMPLE_RATE, Notice, Segment, Timings, Transcript
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Generator, Iterable, Iterator, Sequence
 
     from numpy.typing import NDArray
 
     from quasr.audio.chunk import Piece
     from quasr.audio.fetch import FetchLimits
     from quasr.audio.source import AudioInput
-    from quasr.engine.base import Engine
+    from quasr.engine.base import ClipResult, Engine, EngineStats
     from quasr.pipeline.guard import Part
     from quasr.text.prompt import Prompt
     from quasr.text.tokenizer import Tokenizer
@@ -74,7 +76,10 @@ class Setup:
 
 @dataclass(slots=True)
 class Job:
-    """One input on its way: the segments so far, what it cost, and whether it failed."""
+    """One input on its way: the segments so far, what it cost, and whether it failed.
+
+    It may be read in one thread while another decodes its first pieces: what both change is changed under `lock`.
+    """
 
     source: AudioInput
     segments: list[Segment] = field(default_factory=list)
@@ -83,17 +88,25 @@ class Job:
     waiting: int = 0
     read: bool = False
     error: AudioError | None = None
+    lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     @property
     def done(self) -> bool:
         """Read to the end, and every piece of it decoded."""
         return self.read and not self.waiting
 
-    def spend(self, **seconds: float) -> None:
-        """Adds to the timings' stages, and to their total what is not audio."""
+    def wait_for(self, pieces: int) -> None:
+        """Counts pieces that are on their way, or with a minus those that are decoded."""
+        with self.lock:
+            self.waiting += pieces
+
+    def spend(self, tokens: int = 0, **seconds: float) -> None:
+        """Adds tokens, seconds to the timings' stages, and to their total what is not audio."""
         work = sum(value for stage, value in seconds.items() if stage != "audio")
-        grown = {stage: getattr(self.timings, stage) + value for stage, value in seconds.items()}
-        self.timings = replace(self.timings, **grown, total=self.timings.total + work)
+        with self.lock:
+            old = self.timings
+            grown = {stage: getattr(old, stage) + value for stage, value in seconds.items()}
+            self.timings = replace(old, **grown, total=old.total + work, tokens=old.tokens + tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,18 +163,22 @@ def _retry(setup: Setup) -> Retry:
     return Retry("quantised", "the options say so")
 
 
-def _batches(engines: Engines, setup: Setup, tasks: Iterator[Task], progress: Progress | None) -> Iterator[None]:
+def _batches(
+    engines: Engines, setup: Setup, tasks: Generator[Task, None, None], progress: Progress | None
+) -> Iterator[None]:
     """Decodes `tasks` a batch at a time, and stops after each to have its results looked at."""
-    seconds = 0.0
-    while batch := tuple(islice(tasks, setup.options.batch_size)):
-        _decode(engines, setup, batch)
+    seconds, before = 0.0, replace(engines.first.stats)
+    for batch, results in answers(engines.first, tasks, setup.options.batch_size):
+        _share_cost(batch, results, before, engines.first.stats)
+        _take(engines, setup, batch, results)
+        before = replace(engines.first.stats)
         seconds += sum(task.seconds for task in batch)
         if progress:
             progress(seconds)
         yield
 
 
-def _read_all(setup: Setup, sources: Iterable[AudioInput], jobs: deque[Job]) -> Iterator[Task]:
+def _read_all(setup: Setup, sources: Iterable[AudioInput], jobs: deque[Job]) -> Generator[Task, None, None]:
     for source in sources:
         job = Job(source)
         jobs.append(job)
@@ -178,7 +195,7 @@ def _read(setup: Setup, job: Job) -> Iterator[Task]:
     for piece in cut(blocks, setup.options, job, setup.longest):
         task = _task(setup, job, piece, setup.prompt)
         job.spend(decode=time.perf_counter() - started)
-        job.waiting += 1
+        job.wait_for(1)
         yield task
         started = time.perf_counter()
 
@@ -257,11 +274,11 @@ def _task(setup: Setup, job: Job, piece: Piece, prompt: Prompt) -> Task:
     return Task(job, piece, request)
 
 
-def _decode(engines: Engines, setup: Setup, batch: Sequence[Task]) -> None:
-    """Decodes one batch, tries its suspect pieces again, and adds the text to the jobs."""
-    parts = _run(engines.first, setup, batch, setup.language)
+def _take(engines: Engines, setup: Setup, batch: Sequence[Task], results: Sequence[ClipResult]) -> None:
+    """Reads one batch's results, tries its suspect pieces again, and adds the text to the jobs."""
+    parts = _parts(setup, batch, results, setup.language)
     for index, (task, part) in enumerate(zip(batch, parts, strict=True)):
-        task.job.waiting -= 1
+        task.job.wait_for(-1)
         languages = Counter(segment.language for segment in task.job.segments if segment.text)
         mates = zip(batch[index + 1 :], parts[index + 1 :], strict=True)
         languages.update(later.language for mate, later in mates if mate.job is task.job and later.text)
@@ -269,20 +286,27 @@ def _decode(engines: Engines, setup: Setup, batch: Sequence[Task]) -> None:
 
 
 def _run(engine: Engine, setup: Setup, tasks: Sequence[Task], language: str | None) -> list[Part]:
-    """Runs one batch, and shares its cost among the jobs by their seconds of audio."""
+    """Runs one batch."""
     before = replace(engine.stats)
     results = engine.run([task.request for task in tasks])
-    after = engine.stats
+    _share_cost(tasks, results, before, engine.stats)
+    return _parts(setup, tasks, results, language)
+
+
+def _parts(setup: Setup, tasks: Sequence[Task], results: Sequence[ClipResult], language: str | None) -> list[Part]:
+    return [
+        read_result(setup.tokenizer, task.piece, result, language) for task, result in zip(tasks, results, strict=True)
+    ]
+
+
+def _share_cost(tasks: Sequence[Task], results: Sequence[ClipResult], before: EngineStats, after: EngineStats) -> None:
+    """Shares what the engine spent among the jobs, by their seconds of audio."""
     prefill = after.encode_seconds + after.prefill_seconds - before.encode_seconds - before.prefill_seconds
     generate = after.generate_seconds - before.generate_seconds
     seconds = sum(task.seconds for task in tasks)
     for task, result in zip(tasks, results, strict=True):
         share = task.seconds / seconds
-        task.job.spend(prefill=share * prefill, generate=share * generate)
-        task.job.timings = replace(task.job.timings, tokens=task.job.timings.tokens + len(result.tokens))
-    return [
-        read_result(setup.tokenizer, task.piece, result, language) for task, result in zip(tasks, results, strict=True)
-    ]
+        task.job.spend(len(result.tokens), prefill=share * prefill, generate=share * generate)
 
 
 def _guarded(engines: Engines, setup: Setup, task: Task, part: Part, majority: str) -> Sequence[Part]:
