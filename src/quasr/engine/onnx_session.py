@@ -59,7 +59,7 @@ def choose_runtime(provider: str = "auto", threads: int | None = None) -> Runtim
         raise MissingDependencyError(f"this ONNX Runtime has no provider {name}: {PACKAGES[name]}")
     why = "ONNX Runtime on the CPU" if provider == "auto" else f"the provider {name} was asked for"
     cores = physical_cores()
-    many = f"{cores} threads: one for each physical core" if threads is None else f"{threads} threads were asked for"
+    many = f"a thread for each physical core: {cores}" if threads is None else f"threads were asked for: {threads}"
     return Runtime(name, threads or cores, (why, many))
 
 
