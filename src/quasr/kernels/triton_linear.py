@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from quasr.kernels import triton_matvec, triton_product
+from quasr.kernels import reference, triton_matvec, triton_product
 from quasr.kernels.triton_launch import block, launch_options, pdl_works
 from quasr.kernels.triton_matvec import ADD, GATE, HEAD, PLAIN
 from quasr.kernels.triton_rows import rms_norm, settle, silu_gate
@@ -25,6 +26,8 @@ MATVEC_ROWS = 4
 """Most rows that `triton_matvec` takes."""
 PRODUCT_ROWS = 256
 """Most rows for which codes are turned into numbers in the tile; above, once, for a product of torch."""
+FIRST_CAPABILITY = (8, 0)
+"""CUDA compute capability of Ampere."""
 
 
 def linear(x: Tensor, matrix: Matrix, norm: Norm | None = None) -> Tensor:
@@ -55,17 +58,28 @@ def gated_linear(x: Tensor, matrix: Matrix, norm: Norm) -> Tensor:
 
 def choose(x: Tensor, norm: Norm, head: Matrix) -> tuple[Tensor, Tensor]:
     """See `reference.choose`. The logits stay in registers: only each block's maximum and sum are written."""
+    if len(x) > MATVEC_ROWS and not _tensor_cores(x.device):
+        return reference.choose(x, norm, head)
     found = [_head(part, norm, head) for part in x.split(PRODUCT_ROWS)]
     return found[0] if len(found) == 1 else (torch.cat([a for a, _ in found]), torch.cat([b for _, b in found]))
 
 
 def route(matrix: Matrix, m: int) -> str:
     """`matvec`, `product` or `torch`: which kernel multiplies m rows by this matrix."""
-    if m <= MATVEC_ROWS and triton_matvec.fits(matrix):
+    if _by_matvec(matrix, m):
         return "matvec"
-    if matrix.bits == 16 and m > MATVEC_ROWS:
-        return "torch"
-    return "product" if m <= PRODUCT_ROWS else "torch"
+    by_torch = m > PRODUCT_ROWS or (m > MATVEC_ROWS and (matrix.bits == 16 or not _tensor_cores(matrix.weight.device)))
+    return "torch" if by_torch else "product"
+
+
+@cache
+def _tensor_cores(device: torch.device) -> bool:
+    """Whether Triton compiles products for the tensor cores, which it does from Ampere on."""
+    return device.type == "cpu" or torch.cuda.get_device_capability(device) >= FIRST_CAPABILITY
+
+
+def _by_matvec(matrix: Matrix, m: int) -> bool:
+    return m <= MATVEC_ROWS and triton_matvec.fits(matrix)
 
 
 def dequantise(matrix: Matrix) -> Tensor:
@@ -91,13 +105,13 @@ def _head(x: Tensor, norm: Norm, head: Matrix) -> tuple[Tensor, Tensor]:
 
 def _rows_a_program(matrix: Matrix, m: int) -> int:
     """Rows of the head that share a maximum."""
-    if m <= MATVEC_ROWS and triton_matvec.fits(matrix):
+    if _by_matvec(matrix, m):
         return triton_matvec.plan(matrix, HEAD).block_rows
     return triton_product.plan(matrix, m, gate=False).rows
 
 
 def _launch(x: Tensor, matrix: Matrix, norm: Norm | None, out: tuple[Tensor, ...], mode: int) -> None:
-    if len(x) <= MATVEC_ROWS and triton_matvec.fits(matrix):
+    if _by_matvec(matrix, len(x)):
         _launch_matvec(x, matrix, norm, out, mode)
     else:
         _launch_product(x if norm is None else rms_norm(x, norm), matrix, out, mode)

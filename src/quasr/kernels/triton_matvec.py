@@ -185,6 +185,10 @@ MOST_COLUMNS = {16: 1024, 8: 2048, 4: 2048}
 """Columns that a program takes at a time, by the bits of a weight: 16 bytes a thread, or 8 for 4 bits, of 128."""
 
 
+PROGRAM_BYTES = 16384
+"""Weights of a program of 4 warps: enough in flight, and small enough that several programs are resident."""
+
+
 def fits(matrix: Matrix) -> bool:
     """Whether a program can hold whole rows, and whole groups of them, which have to be powers of two."""
     group, columns = group_of(matrix), block_columns(matrix)
@@ -205,9 +209,7 @@ def block_columns(matrix: Matrix) -> int:
 
 
 def plan(matrix: Matrix, mode: int) -> Plan:
-    """About 16 KB of weights a program of 4 warps: enough in flight, and small enough for several to be resident."""
-    columns = block_columns(matrix)
-    chunks = triton.cdiv(matrix.columns, columns)
-    rows = max(1, 16384 * 8 // (min(matrix.bits, matrix.weight.element_size() * 8) * columns * chunks))
+    """How a product is cut into programs."""
+    rows = max(1, PROGRAM_BYTES // (matrix.weight.nbytes // matrix.rows))
     rows = min(block(rows + 1) // 2, 16)
-    return Plan(max(rows // 2, 1) if mode == GATE else rows, columns, 4, True)
+    return Plan(max(rows // 2, 1) if mode == GATE else rows, block_columns(matrix), 4, True)
