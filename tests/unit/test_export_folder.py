@@ -23,7 +23,7 @@ from quasr.model.asr import Qwen3ASR
 from quasr.model.config import parse_config
 from quasr.quant.apply import load_quantising
 from quasr.quant.recipe import recipe_for
-from quasr.quant.store import save_quantised
+from quasr.quant.store import METADATA_FILE, save_quantised
 from quasr.weights.save import save_model
 
 if TYPE_CHECKING:
@@ -120,8 +120,11 @@ def test_weights_default_to_what_the_source_has(source: Path, tmp_path: Path) ->
 
 
 def test_a_scheme_that_onnx_cannot_hold(source: Path, tmp_path: Path) -> None:
-    recipe = recipe_for("llm-int8")
+    recipe = recipe_for("int8")
     save_quantised(load_quantising(source, CONFIG, recipe, torch.bfloat16, CPU), recipe, source, tmp_path / "q", {})
+    metadata = json.loads((tmp_path / "q" / METADATA_FILE).read_text())
+    metadata["recipe"] = recipe_for("llm-int8").to_json()
+    (tmp_path / "q" / METADATA_FILE).write_text(json.dumps(metadata))
     with pytest.raises(OptionError, match="quantised as llm-int8, which ONNX cannot hold"):
         export_folder(tmp_path / "q", tmp_path / "onnx", ExportOptions())
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version as installed_version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from quasr.errors import OptionError
 from quasr.export.collect import Collected, Wanted, collect
@@ -16,8 +16,8 @@ from quasr.export.manifest import MANIFEST_FILE, EmbeddingTable, File, GraphFact
 from quasr.export.stem import build_stem
 from quasr.model.config import read_config, read_json
 from quasr.quant.recipe import EMBEDDING
-from quasr.quant.store import check_output, copy_others
-from quasr.weights.record import digest, read_record, wanted
+from quasr.quant.store import check_output, copy_others, source_record
+from quasr.weights.record import digest
 from quasr.weights.save import fresh_folder, write_json
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def _write(source: Path, config: ModelConfig, options: ExportOptions, fresh: Pat
         graph=_facts(config, positions),
         embedding=_embedding(collected),
         files={name: File(**asdict(digest(fresh / name))) for name in written},
-        source=_source(source),
+        source=source_record(source),
         quasr=installed_version("quasr"),
     )
 
@@ -117,12 +117,3 @@ def _embedding(collected: Collected) -> EmbeddingTable:
     return replace(
         table, dtype="uint8", group=found.format.group, scale_offset=found.scale.offset, scale_shape=(rows, groups)
     )
-
-
-def _source(folder: Path) -> dict[str, Any]:
-    """Where the weights came from, with size and SHA-256 of each file."""
-    record = read_record(folder)
-    if record is not None:
-        return asdict(record)
-    paths = (path for path in sorted(folder.iterdir()) if path.is_file() and wanted(path.name))
-    return {"name": folder.name, "files": {path.name: asdict(digest(path)) for path in paths}}

@@ -77,7 +77,7 @@ def save_quantised(
         for name, tensor in model.state_dict().items()
     }
     dtype = str(model.decoder.norm.weight.dtype).removeprefix("torch.")
-    saved = Saved(recipe, dtype, _source(source_folder), dict(metadata))
+    saved = Saved(recipe, dtype, source_record(source_folder), dict(metadata))
     with fresh_folder(output) as fresh:
         save_file(tensors, fresh / SINGLE_FILE, metadata={"format": "pt"})
         copy_others(source_folder, fresh)
@@ -210,7 +210,7 @@ def _load_transformers(
     return model
 
 
-def _source(folder: Path) -> dict[str, Any]:
+def source_record(folder: Path) -> dict[str, Any]:
     """Where the weights came from, with size and SHA-256 of each file."""
     record = read_record(folder)
     if record is not None:
