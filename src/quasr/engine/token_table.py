@@ -33,5 +33,5 @@ class TokenTable:
         rows = self._rows[index].astype(np.float32)
         if self._scale is None:
             return rows
-        groups = (rows - self._zero).reshape(len(index), -1, self._group) * self._scale[index][:, :, None]
+        groups = (rows - self._zero).reshape(*self._scale[index].shape, self._group) * self._scale[index][..., None]
         return groups.reshape(rows.shape)
