@@ -9,6 +9,7 @@ from quasr.engine.fast import refusal
 from quasr.engine.fast_engine import FastEngine, FastOptions
 from quasr.engine.torch_engine import TorchEngine
 from quasr.errors import OptionError
+from quasr.kernels import dispatch
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -46,4 +47,5 @@ def _why_not_fast(model: Qwen3ASR, placement: Placement) -> str | None:
     """One line, or None where the fast engine is the better one."""
     if placement.device.type != "cuda":
         return "the fast engine is made for GPUs"
-    return refusal(model.decoder)
+    kernels = dispatch.choose(placement.device, placement.dtype)
+    return refusal(model.decoder) if kernels.capturable else f"only plain kernels run here: {kernels.reason}"

@@ -204,8 +204,8 @@ def _fast_estimate(config: ModelConfig, candidate: Candidate, work: Work) -> Est
     part = replace(work, batch=min(work.batch, max(1, most // work.prompt_length(config))))
     encode = (
         mel_bytes(config, part),
-        stem_bytes(config, target, part) + samples_bytes(part),
-        encoder_bytes(config, target, part, recipe) + samples_bytes(part),
+        stem_bytes(config, target, part),
+        encoder_bytes(config, target, part, recipe),
     )
     return Estimate(
         candidate,
@@ -223,15 +223,10 @@ def position_bytes(config: ModelConfig, target: Target) -> int:
     return 2 * config.text.layers * config.text.kv_heads * config.text.head_dim * target.item
 
 
-def samples_bytes(work: Work) -> int:
-    """The clips themselves, in fp32."""
-    return work.batch * work.frames * 160 * 4
-
-
 def mel_bytes(config: ModelConfig, work: Work) -> int:
-    """A slice's windows in fp32, their spectrum and three times its power in fp64; and the frames so far, twice."""
+    """The samples; a slice's windows in fp32, their spectrum and three times its power in fp64; the frames so far."""
     windows = min(MEL_SLICE, work.batch * work.frames) * (400 * 4 + 201 * (16 + 3 * 8))
-    return samples_bytes(work) + windows + work.batch * work.frames * config.audio.mel_bins * 4
+    return work.batch * work.frames * (160 + config.audio.mel_bins) * 4 + windows
 
 
 def packed_prefill_bytes(config: ModelConfig, target: Target, work: Work, recipe: Recipe) -> int:
