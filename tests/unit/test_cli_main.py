@@ -9,6 +9,7 @@ import pytest
 
 from quasr import __version__
 from quasr.cli import main
+from quasr.cli.terminal import note
 from quasr.errors import CheckpointError, OptionError, ResourceError
 
 HEAVY = ("torch", "numpy", "av", "soxr", "tokenizers", "huggingface_hub", "jiwer", "transformers")
@@ -83,3 +84,39 @@ def test_a_reader_that_goes_away_is_no_traceback() -> None:
     done = subprocess.run([sys.executable, "-c", code], stdout=write, stderr=subprocess.PIPE, text=True, check=False)
     os.close(write)
     assert (done.returncode, done.stderr) == (main.BROKEN_PIPE, "")
+
+
+CLOSE_ALL = """
+import os, sys
+for number in (0, 1, 2):
+    os.close(number)
+for name in ("stdin", "stdout", "stderr"):
+    setattr(sys, name, None)
+from quasr.cli.terminal import note, open_closed_streams, result
+from quasr.errors import ResourceError
+open_closed_streams()
+assert sys.stdin.read() == ""
+note("nobody sees it")
+try:
+    result("lost")
+except ResourceError as error:
+    os._exit(7 if "standard output cannot be written" in str(error) else 8)
+"""
+
+
+def test_streams_that_the_shell_has_closed() -> None:
+    assert subprocess.run([sys.executable, "-c", CLOSE_ALL], check=False).returncode == 7
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="only Linux has /dev/full")
+def test_standard_output_on_a_full_disk_is_one_line() -> None:
+    code = "import sys\nsys.argv = ['quasr', 'doctor']\nfrom quasr.cli.main import run\nrun()"
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    line = "error: standard output cannot be written (No space left on device): send it elsewhere\n"
+    assert (done.returncode, done.stderr) == (ResourceError.exit_code, line)
+
+
+def test_a_note_is_one_line_whatever_a_file_is_called(capsys: pytest.CaptureFixture[str]) -> None:
+    note("talk\n\x1b[2J\udcff é.wav")
+    assert capsys.readouterr().err == "talk??[2J? é.wav\n"

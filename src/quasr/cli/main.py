@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import Annotated, Any
 
@@ -16,6 +15,7 @@ from quasr.cli.eval import evaluate
 from quasr.cli.export import export
 from quasr.cli.plan import plan
 from quasr.cli.quantize import quantize
+from quasr.cli.terminal import abandon_stdout, open_closed_streams
 from quasr.cli.transcribe import transcribe, whisper_spelling
 from quasr.errors import QuasrError
 
@@ -64,6 +64,7 @@ def _root(
 
 def run() -> None:
     """Entry point of the `quasr` program: exits with the code that the outcome deserves."""
+    open_closed_streams()
     # Transcripts are UTF-8 whatever the locale says: a pipe must not fail on the first accent.
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -82,8 +83,8 @@ def _exit_code() -> int:
     except (KeyboardInterrupt, typer.Abort):
         return INTERRUPTED
     except BrokenPipeError:
-        # The reader has gone, as with `| head`. What is still buffered must not fail again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # The reader has gone, as with `| head`.
+        abandon_stdout()
         return BROKEN_PIPE
     return code if isinstance(code, int) else 0
 

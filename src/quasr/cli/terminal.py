@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import time
 from typing import TYPE_CHECKING
+
+from quasr.errors import ResourceError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -15,14 +18,42 @@ BAR_COLUMNS = 24
 
 
 def note(message: str) -> None:
-    """One line on standard error."""
-    print(message, file=sys.stderr, flush=True)  # noqa: T201
+    """One line on standard error, whatever is in the names of files."""
+    print("".join(char if char.isprintable() else "?" for char in message), file=sys.stderr, flush=True)  # noqa: T201
 
 
 def result(text: str) -> None:
-    """Text on standard output, ended by a line end, and at once: the next program may be waiting for it."""
-    sys.stdout.write(text if text.endswith("\n") else f"{text}\n")
-    sys.stdout.flush()
+    """Text on standard output, ended by a line end, and at once: the next program may be waiting for it.
+
+    Raises ResourceError where it cannot be written, and BrokenPipeError where nobody reads it any more.
+    """
+    try:
+        sys.stdout.write(text if text.endswith("\n") else f"{text}\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        abandon_stdout()
+        raise ResourceError(f"standard output cannot be written ({error.strerror}): send it elsewhere") from error
+
+
+def open_closed_streams() -> None:
+    """Stands in for what the shell has closed (`>&-`): nothing to read, nowhere to write transcripts, notes unseen.
+
+    Otherwise the next file that is opened would get the stream's number, and whatever is written there.
+    """
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115
+    if sys.stdout is None:
+        # For reading: what is written there must fail, not vanish.
+        sys.stdout = open(os.open(os.devnull, os.O_RDONLY), "w", encoding="utf-8")  # noqa: SIM115
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+
+
+def abandon_stdout() -> None:
+    """What is still buffered goes nowhere, and does not fail once more at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class ProgressLine:
