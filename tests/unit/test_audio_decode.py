@@ -284,6 +284,49 @@ def test_file_objects_that_misbehave(media: dict[str, bytes]) -> None:
         load(Greedy(media["wav16"]))
 
 
+class Breaks(io.BytesIO):
+    """Reads so many times, and then fails as a disk does, or a network folder."""
+
+    def __init__(self, data: bytes, reads: int, seeks: bool) -> None:
+        super().__init__(data)
+        self.left, self.seeks = reads, seeks
+
+    def seekable(self) -> bool:
+        return self.seeks
+
+    def read(self, size: int | None = -1) -> bytes:
+        self.left -= 1
+        if self.left < 0:
+            raise OSError(5, "Input/output error")
+        return super().read(size)
+
+
+@pytest.mark.parametrize("reads", [0, 1, 3])
+@pytest.mark.parametrize("seeks", [True, False])
+def test_files_that_break_while_they_are_read(media: dict[str, bytes], reads: int, seeks: bool) -> None:
+    with pytest.raises(AudioDecodeError, match="file object cannot be read: Input/output error"):
+        load(Breaks(media["wav16"] * 2, reads, seeks))
+
+
+def test_files_that_are_closed(tmp_path: Path) -> None:
+    path = tmp_path / "a.wav"
+    path.write_bytes(b"x")
+    with path.open("rb") as file:
+        pass
+    with pytest.raises(AudioDecodeError, match=r"a\.wav cannot be read: .*closed file"):
+        load(file)
+
+
+def test_a_pipe_that_the_disk_cannot_hold(media: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full(io.BytesIO):
+        def write(self, _data: object) -> int:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tempfile.SpooledTemporaryFile", lambda **_: Full())
+    with pytest.raises(AudioTooLargeError, match=r"does not fit into the temporary folder \(No space left on device\)"):
+        load(OneWay(media["wav16"]))
+
+
 def test_pipe_over_the_size_limit(media: dict[str, bytes]) -> None:
     with pytest.raises(AudioTooLargeError, match="over the limit of 5000 bytes"):
         load(OneWay(media["wav16"]), FetchLimits(max_bytes=5000))

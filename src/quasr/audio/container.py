@@ -11,7 +11,7 @@ import av.error
 from av.stream import Disposition
 
 from quasr.audio.samples import check_rate, to_mono
-from quasr.audio.spool import checked
+from quasr.audio.spool import checked, reading
 from quasr.errors import AudioDecodeError
 from quasr.types import Notice
 
@@ -34,24 +34,28 @@ class ByteReader:
 
     def __init__(self, file: IO[bytes], name: str) -> None:
         self._file, self._name = file, name
-        self._base = file.tell()
-        self.size = file.seek(0, 2) - self._base
-        file.seek(self._base)
+        with reading(name):
+            self._base = file.tell()
+            self.size = file.seek(0, 2) - self._base
+            file.seek(self._base)
 
     def read(self, size: int) -> bytes:
         """At most `size` bytes: PyAV copies all it gets into a buffer of that size without looking."""
-        data = checked(self._file.read(size), self._name)
+        with reading(self._name):
+            data = checked(self._file.read(size), self._name)
         if len(data) > size:
             raise AudioDecodeError(f"{self._name}: read({size}) gives {len(data)} bytes, which no file should")
         return data
 
     def seek(self, offset: int, whence: int = 0) -> int:
         """As of io.IOBase, counted from where the file stood at first."""
-        return self._file.seek(offset + self._base if whence == 0 else offset, whence) - self._base
+        with reading(self._name):
+            return self._file.seek(offset + self._base if whence == 0 else offset, whence) - self._base
 
     def tell(self) -> int:
         """Bytes from where the file stood at first."""
-        return self._file.tell() - self._base
+        with reading(self._name):
+            return self._file.tell() - self._base
 
 
 @dataclass(slots=True)

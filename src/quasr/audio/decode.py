@@ -15,7 +15,7 @@ from quasr.audio.container import ByteReader, Damage, blocks
 from quasr.audio.fetch import DEFAULT_LIMITS, FetchLimits, fetch
 from quasr.audio.samples import Resampler, by_channel, check_rate, to_mono
 from quasr.audio.source import AudioInput, Kind, kind_of, name_of, path_of
-from quasr.audio.spool import spool
+from quasr.audio.spool import reading, spool
 from quasr.errors import AudioDecodeError, AudioNotFoundError, EmptyAudioError, OptionError
 from quasr.types import SAMPLE_RATE, Notice
 
@@ -120,21 +120,21 @@ def _regroup(parts: Iterable[NDArray[np.float32]], size: int) -> Iterator[NDArra
 def _opened(source: AudioInput, limits: FetchLimits, name: str) -> Iterator[IO[bytes]]:
     """A seekable binary file with the bytes of `source`; closed afterwards unless it is the caller's own."""
     kind = kind_of(source)
-    if kind is Kind.FILE and _can_seek(source):
+    if kind is Kind.FILE and _can_seek(source, name):
         yield cast("IO[bytes]", source)
         return
     with _own_file(source, kind, limits, name) as file:
-        if _can_seek(file):
+        if _can_seek(file, name):
             yield file
         else:
-            with spool(file.read, limits.max_bytes, name) as copy:
+            with spool(_reader(file, name), limits.max_bytes, name) as copy:
                 yield copy
 
 
 @contextmanager
 def _own_file(source: AudioInput, kind: Kind, limits: FetchLimits, name: str) -> Iterator[IO[bytes]]:
     if kind is Kind.FILE:
-        file = spool(cast("IO[bytes]", source).read, limits.max_bytes, name)
+        file = spool(_reader(cast("IO[bytes]", source), name), limits.max_bytes, name)
     elif kind is Kind.BYTES:
         file = io.BytesIO(cast("bytes", source))
     elif kind is Kind.URL:
@@ -159,6 +159,15 @@ def _open_path(path: str, name: str) -> IO[bytes]:
         raise AudioNotFoundError(f"{name} cannot be opened: {reason}") from error
 
 
-def _can_seek(file: Any) -> bool:
+def _reader(file: IO[bytes], name: str) -> Callable[[int], object]:
+    def read(size: int) -> object:
+        with reading(name):
+            return file.read(size)
+
+    return read
+
+
+def _can_seek(file: Any, name: str) -> bool:
     seekable = getattr(file, "seekable", None)
-    return bool(seekable and seekable())
+    with reading(name):
+        return bool(seekable and seekable())
