@@ -157,6 +157,7 @@ def test_sound_by_url_is_the_sound_of_the_file() -> None:
         "[::1]",
         "[::]",
         "[fe80::1]",
+        "[fec0::1]",
         "[fc00::1]",
         "[ff02::1]",
         "[::ffff:127.0.0.1]",
@@ -303,6 +304,19 @@ def test_content_length_that_promises_too_much() -> None:
 
     with serving(short) as url:
         refused(url, local(), "stops before the length")
+
+
+def test_chunks_that_break_off() -> None:
+    def cut(handler: BaseHTTPRequestHandler) -> None:
+        handler.protocol_version = "HTTP/1.1"
+        handler.send_response(200)
+        handler.send_header("Transfer-Encoding", "chunked")
+        handler.end_headers()
+        handler.wfile.write(b"%x\r\n%b" % (len(BODY), BODY[:10]))
+        handler.close_connection = True
+
+    with serving(cut) as url:
+        refused(url, local(), "it stops before its end")
 
 
 def test_size_is_counted_where_no_length_is_given() -> None:

@@ -149,6 +149,8 @@ def _is_public(address: str) -> bool:
         inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None)
         if inner is not None:
             return _is_public(str(inner))
+        if ip.is_site_local:
+            return False
     return ip.is_global and not (ip.is_multicast or ip.is_reserved or ip.is_unspecified)
 
 
@@ -245,4 +247,6 @@ def _reason(error: Exception, limits: FetchLimits, deadline: _Deadline) -> str:
         return f"its certificate is not valid ({error.verify_message})"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
+    if isinstance(error, http.client.IncompleteRead):
+        return "it stops before its end"
     return "the answer is not valid HTTP"
