@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import wave
 from pathlib import Path
 
 import pytest
 
 from quasr.cli.inputs import check_names, gather, total_seconds
+from quasr.cli.journal import Fingerprint
 from quasr.errors import AudioNotFoundError, OptionError
 
 
@@ -98,3 +100,20 @@ def test_the_total_is_what_containers_state_or_unknown(here: Path) -> None:
     assert total_seconds(gather(["a.wav", "empty.wav"], recursive=False)) is None
     assert total_seconds(gather(["a.wav", "https://host/x.wav"], recursive=False)) is None
     assert total_seconds(gather(["missing.wav"], recursive=False)) is None
+
+
+def test_a_file_url_that_no_file_can_have(here: Path) -> None:
+    (item,) = gather(["file:///a%00b.wav"], recursive=False)
+    assert (item.source, item.path) == ("file:///a%00b.wav", None)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_a_pipe_is_not_read_before_its_turn(here: Path) -> None:
+    os.mkfifo("sound.wav")
+    write_and_read = os.open("sound.wav", os.O_RDWR)
+    os.write(write_and_read, b"RIFF")
+    items = gather(["sound.wav"], recursive=False)
+    assert total_seconds(items) is None
+    assert Fingerprint("model", {}).of(items[0]) is None
+    assert os.read(write_and_read, 9) == b"RIFF"
+    os.close(write_and_read)

@@ -49,7 +49,9 @@ class Input:
     @property
     def is_url(self) -> bool:
         """Whether it is fetched. A `file://` URL is a path."""
-        return "://" in self.source and not self.source.lower().startswith("file://")
+        from quasr.audio.source import Kind, kind_of
+
+        return kind_of(self.source) is Kind.URL
 
     @property
     def path(self) -> Path | None:
@@ -59,9 +61,10 @@ class Input:
         if self.source == STDIN or self.is_url or self.error:
             return None
         try:
-            return Path(path_of(self.source))
+            path = path_of(self.source)
         except AudioNotFoundError:
             return None
+        return None if "\0" in path else Path(path)
 
 
 def gather(arguments: Iterable[str], *, recursive: bool) -> list[Input]:
@@ -107,7 +110,8 @@ def total_seconds(inputs: Iterable[Input]) -> float | None:
     """Seconds of audio that the containers state; None where one of them does not say."""
     total = 0.0
     for item in inputs:
-        seconds = None if item.error or item.path is None else _seconds(item.path)
+        # What is no file, as a pipe, can be read only once.
+        seconds = _seconds(item.path) if item.path is not None and item.path.is_file() else None
         if seconds is None:
             return None
         total += seconds

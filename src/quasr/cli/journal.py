@@ -122,8 +122,13 @@ def _audio_hash(item: Input) -> str | None:
 
 
 def _hash(path: Path) -> str | None:
-    """SHA-256 of a file's content; None where it cannot be read, which is said when its turn comes."""
+    """SHA-256 of a file's content; None where it cannot be read, which is said when its turn comes.
+
+    None, too, for what is no file: a pipe could not be read again, and a device never ends.
+    """
     try:
+        if not path.is_file():
+            return None
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except (OSError, ValueError):
