@@ -18,7 +18,7 @@ from quasr.errors import CheckpointError, MissingDependencyError, OptionError
 from quasr.export.manifest import VERSION, is_onnx_folder, read_manifest
 from quasr.pipeline.retry import SAME_WEIGHTS, Retry
 from quasr.quant.scheme import parse
-from quasr.weights.hub import DEMO_FOLDER
+from quasr.weights.hub import DEMO, DEMO_FOLDER
 from quasr.weights.record import digest, identity
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def choose_engine(model: str, folder: Path, wish: EngineWish) -> Choice:
         raise OptionError(f"the onnx engine was asked for, but {refusal}: leave one of them out")
     if refusal or weights is None:
         return Choice(None, f"torch, because {refusal}")
-    if folder == DEMO_FOLDER and _holds(DEMO_GRAPHS, weights):
+    if model == DEMO and _holds(DEMO_GRAPHS, weights):
         return Choice(DEMO_GRAPHS, "the bundled model's ONNX graphs need no torch and start at once")
     if wish.engine == "onnx":
         return Choice(converted(model, folder, weights), "the onnx engine was asked for")
@@ -171,7 +171,7 @@ def _automatic(model: str, folder: Path, wish: EngineWish, weights: Weights) -> 
             f"{model} has no ONNX graphs and torch is not installed: pip install 'quasr[quant]' to convert it here, "
             "or give a folder that 'quasr export' wrote elsewhere"
         )
-    if folder == DEMO_FOLDER or Path(model).is_dir():
+    if model == DEMO or Path(model).is_dir():
         return Choice(None, "torch, because the folder holds no such ONNX graphs ('quasr export' makes them)")
     if missing:
         return Choice(None, "torch, because converting to ONNX, the faster way here, needs 'quasr[quant]'")

@@ -12,6 +12,9 @@ from quasr.weights.record import verify
 
 __all__ = ["HubOptions", "resolve", "resolve_config", "verify"]
 
+DEMO = "demo"
+"""The name of the bundled model."""
+
 DEMO_FOLDER = Path(__file__).parent.parent / "demo" / "model"
 """Part of the installed package."""
 
@@ -46,7 +49,7 @@ def resolve_config(model: str, options: HubOptions) -> Path:
 
 def _local(model: str) -> Path | None:
     """The folder of what needs no hub; None for an id."""
-    if model == "demo":
+    if model == DEMO:
         return _demo()
     path = Path(model).expanduser()
     if model and path.is_dir():
