@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -106,6 +107,44 @@ def test_a_file_of_something_else_is_not_overwritten(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="no results of jobs"):
         JobLines(path)
     assert lines(path) == [{"path": "a.wav"}]
+
+
+def test_a_manifest_with_ids_is_no_file_of_results(tmp_path: Path) -> None:
+    path = manifest(tmp_path, {"path": "a.wav", "id": "1"})
+    with pytest.raises(OptionError, match="no results of jobs"):
+        JobLines(path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_what_is_no_file_is_not_replaced_by_one(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")  # as /dev/null would be
+    with pytest.raises(OptionError, match="leave -o out"):
+        JobLines(tmp_path / "pipe")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no locks of files there")
+def test_two_runs_do_not_write_one_file(tmp_path: Path) -> None:
+    path, a, b = tmp_path / "out.jsonl", single("a.wav"), single("b.wav")
+    first, second = JobLines(path), JobLines(path)
+    first.start([a])
+    with pytest.raises(OptionError, match=r"another run is writing .*out\.jsonl: wait for its end"):
+        second.start([b])
+    first.put(a, SAID, "k1")
+    first.close()
+    assert [line["id"] for line in lines(path)] == ["a"]
+    after = JobLines(path)
+    after.start([b])
+    after.put(b, SAID, "k2")
+    after.close()
+    assert [line["id"] for line in lines(path)] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    "line", ['{"output": ["a"]}', '{"output": "a", "files": 5, "key": "k"}', '{"output": "a", "files": {}}', "[" * 9999]
+)
+def test_a_damaged_journal_means_that_nothing_is_done(tmp_path: Path, line: str) -> None:
+    (tmp_path / JOURNAL_FILE).write_text(line + "\n")
+    assert Journal(tmp_path).key("a") is None
 
 
 def test_text_that_utf8_cannot_say_stays_json(tmp_path: Path) -> None:

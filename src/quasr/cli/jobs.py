@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from typing import IO, TYPE_CHECKING, Any
 
 from quasr.cli.inputs import Input, single
+from quasr.cli.journal import taken
 from quasr.cli.terminal import result
 from quasr.errors import OptionError
 
@@ -17,6 +19,9 @@ if TYPE_CHECKING:
     from quasr.types import Transcript
 
 FIELDS = ("path", "url", "id", "language", "context")
+
+RESULT_FIELDS = ("key", "text", "error")
+"""What only results have; each has one of them at least."""
 
 LONE_SURROGATES = "backslashreplace"
 """What UTF-8 cannot say is written as JSON's own escape, which is spelled like Python's."""
@@ -60,17 +65,21 @@ class JobLines:
         return None if "error" in line else line.get("key")
 
     def start(self, pending: Sequence[Input]) -> None:
-        """Takes the old lines of what is done now out of the file, all at once. Raises OptionError."""
+        """Takes the old lines of what is done now out of the file, all at once, and keeps other runs out of it.
+
+        Raises OptionError where it cannot be written, or another run is writing there.
+        """
         if self._path is None:
             return
         again = {item.name for item in pending}
         kept = [_dumps(line) for name, line in self._lines.items() if name not in again]
-        fresh = self._path.with_name(f".{self._path.name}.tmp")
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            fresh.write_text("".join(kept), encoding="utf-8", errors=LONE_SURROGATES, newline="\n")
-            os.replace(fresh, self._path)
-            self._file = self._path.open("a", encoding="utf-8", errors=LONE_SURROGATES, newline="\n")
+            with self._append() as old:
+                if sys.platform == "win32":
+                    old.close()  # there an open file cannot be replaced
+                self._replace(kept)
+                self._file = self._append()
         except OSError as error:
             raise OptionError(f"{self._path} cannot be written ({error.strerror}): choose another file") from error
 
@@ -86,6 +95,21 @@ class JobLines:
         """Closes the file."""
         if self._file is not None:
             self._file.close()
+
+    def _append(self) -> IO[str]:
+        """The file, locked. Raises OptionError where another run has the lock, or has just put a new file there."""
+        assert self._path is not None
+        file = self._path.open("a", encoding="utf-8", errors=LONE_SURROGATES, newline="\n")
+        if taken(file) or not os.path.samestat(os.fstat(file.fileno()), self._path.stat()):
+            file.close()
+            raise OptionError(f"another run is writing {self._path}: wait for its end, or choose another file")
+        return file
+
+    def _replace(self, lines: Sequence[str]) -> None:
+        assert self._path is not None
+        fresh = self._path.with_name(f".{self._path.name}.tmp")
+        fresh.write_text("".join(lines), encoding="utf-8", errors=LONE_SURROGATES, newline="\n")
+        os.replace(fresh, self._path)
 
     def _add(self, line: Mapping[str, Any]) -> None:
         if self._file is None:
@@ -127,10 +151,17 @@ def _dumps(line: Mapping[str, Any]) -> str:
 def _read_results(path: Path) -> dict[str, dict[str, Any]]:
     if not path.exists():
         return {}
+    if not path.is_file():
+        raise OptionError(f"{path} is no file that could be gone on with: leave -o out to get lines on standard output")
     lines = [line for _, line in _json_lines(path, torn=True)]
-    if not all(isinstance(line, dict) and isinstance(line.get("id"), str) for line in lines):
+    if not all(map(_is_result, lines)):
         raise OptionError(f"{path} has lines that are no results of jobs: choose another file")
     return {line["id"]: line for line in lines}
+
+
+def _is_result(line: Any) -> bool:
+    """Rows of a manifest may have an id as well, and must not be taken for results and replaced."""
+    return isinstance(line, dict) and isinstance(line.get("id"), str) and not line.keys().isdisjoint(RESULT_FIELDS)
 
 
 def _json_lines(path: Path, *, torn: bool = False) -> list[tuple[int, Any]]:

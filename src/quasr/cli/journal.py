@@ -151,6 +151,21 @@ def _alone(file: IO[str]) -> bool:
     return alone
 
 
+def taken(file: IO[str]) -> bool:
+    """Locks the file for this run alone; whether another has done so. Where there are no locks nobody knows."""
+    if sys.platform == "win32":
+        return False
+    import fcntl
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # a file system without any
+        return False
+    return False
+
+
 def _lock(file: IO[str], *kinds: str) -> bool:
     if sys.platform == "win32":
         return False
@@ -180,9 +195,15 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _record(line: str) -> dict[str, Any]:
-    """One line's object; empty for a line that was cut off."""
+    """One line's object; empty for a line that was cut off, or is not ours."""
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
-    return record if isinstance(record, dict) and "output" in record else {}
+    return record if _is_record(record) else {}
+
+
+def _is_record(record: Any) -> bool:
+    if not isinstance(record, dict) or not isinstance(record.get("output"), str):
+        return False
+    return "files" not in record or (isinstance(record["files"], dict) and isinstance(record.get("key"), str))
