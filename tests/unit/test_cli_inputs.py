@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from quasr.cli.inputs import check_names, gather, total_seconds
+from quasr.cli.inputs import check_names, gather, refuse_long_names, total_seconds
 from quasr.cli.journal import Fingerprint
 from quasr.errors import AudioNotFoundError, OptionError
 
@@ -117,3 +117,11 @@ def test_a_pipe_is_not_read_before_its_turn(here: Path) -> None:
     assert Fingerprint("model", {}).of(items[0]) is None
     assert os.read(write_and_read, 9) == b"RIFF"
     os.close(write_and_read)
+
+
+def test_names_that_no_output_can_have_are_errors_of_their_own(here: Path) -> None:
+    names = [f"talks/{'ä' * 125}.wav", f"talks/{'a' * 251}.wav", "b.wav"]
+    touch(here, *names)
+    inputs = refuse_long_names(gather(names, recursive=False))
+    assert [item.error is None for item in inputs] == [True, False, True]
+    assert "too long for an output file: rename it" in str(inputs[1].error)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import signal
 import sys
 from typing import TYPE_CHECKING, Self
@@ -325,6 +326,19 @@ def test_an_ignored_interrupt_stays_ignored() -> None:
             assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_the_work(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fake: FakeTranscriber, recordings: Path
+) -> None:
+    allowed = os.access
+    # The tests may run as root, whom no mode stops.
+    monkeypatch.setattr(os, "access", lambda path, mode: str(path) != str(recordings) and allowed(path, mode))
+    assert run(monkeypatch, "a.wav", "-o", str(recordings / "new" / "folder")) == 2
+    assert capsys.readouterr().err.endswith("folder cannot be written to: choose another output folder\n")
+    (recordings / "plain").touch()
+    assert run(monkeypatch, "a.wav", "-o", str(recordings / "plain" / "folder")) == 2
+    assert fake.read == []
 
 
 def jobs(folder: Path, *rows: dict[str, str]) -> str:

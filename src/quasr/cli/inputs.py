@@ -31,6 +31,10 @@ MEDIA = re.compile(
 """Endings of the files that are taken out of a folder. A file that is named itself may have any."""
 
 
+LONGEST_STEM = 255 - len(".json")
+"""Bytes. Common file systems take names of 255."""
+
+
 @dataclass(frozen=True, slots=True)
 class Input:
     """One input. `source` is a path, a URL or `-`; `label` is what messages call it, without a URL's secrets.
@@ -104,6 +108,16 @@ def check_names(inputs: Sequence[Input], folder: Path) -> None:
                 f"several inputs would write {folder / item.name}.*: {first.label} and {item.label}: "
                 "give them one at a time, or their common folder with -r"
             )
+
+
+def refuse_long_names(inputs: Iterable[Input]) -> list[Input]:
+    """The inputs, those with an error whose files no folder could hold: one of them must not stop a job at its turn."""
+    return [
+        replace(item, error=AudioNotFoundError(f"{item.label}: its name is too long for an output file: rename it"))
+        if len(os.fsencode(item.name.rpartition("/")[2])) > LONGEST_STEM
+        else item
+        for item in inputs
+    ]
 
 
 def total_seconds(inputs: Iterable[Input]) -> float | None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, dataclass
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, Protocol
 
 from quasr.cli.journal import Journal
 from quasr.cli.terminal import note, result
+from quasr.errors import OptionError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -103,7 +105,13 @@ class Files:
         return self._journal.key(name)
 
     def start(self, pending: Sequence[Input]) -> None:
-        """Removes what a killed run left half-written. The folder is made with its first file."""
+        """Removes what a killed run left half-written. The folder is made with its first file.
+
+        Raises OptionError where it could not be: hours of work would be lost.
+        """
+        there = next(path for path in (self._folder, *self._folder.absolute().parents) if path.exists())
+        if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+            raise OptionError(f"{self._folder} cannot be written to: choose another output folder")
         self._journal.sweep(item.name for item in pending)
 
     def put(self, item: Input, transcript: Transcript, key: str | None) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from quasr.cli.inputs import check_names, gather
+from quasr.cli.inputs import check_names, gather, refuse_long_names
 from quasr.cli.jobs import JobLines, read_jobs
 from quasr.cli.options import (
     BatchSizeOption,
@@ -185,4 +185,4 @@ def _inputs_and_outputs(
     if folder is None:
         return inputs, Printed(style)
     check_names(inputs, folder)
-    return inputs, Files(folder, style)
+    return refuse_long_names(inputs), Files(folder, style)
