@@ -153,7 +153,7 @@ def test_a_call_of_many_files_gives_the_same_as_batch_by_batch() -> None:
 
     rng = np.random.default_rng(0)
     sources: list[object] = [
-        (rng.normal(0, 0.1, round(seconds * 16_000)).astype(np.float32), 16_000) for seconds in (2, 13, 1, 7, 3, 22, 1)
+        (rng.normal(0, 0.1, round(seconds * 16_000)).astype(np.float32), 16_000) for seconds in (2, 11, 1, 7, 1)
     ]
     sources.insert(3, "no such file.wav")
     options = TranscribeOptions(piece_seconds=5.0, batch_size=3, guards=False)
@@ -171,6 +171,6 @@ def test_a_call_of_many_files_gives_the_same_as_batch_by_batch() -> None:
 
     plain = run(0, 0)
     assert plain[3] is AudioNotFoundError
-    assert len(plain) == 9
-    for seed in range(3):
+    assert len(plain) == 7
+    for seed in range(2):
         assert run(4, seed) == plain
