@@ -5,17 +5,20 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import os
+import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import FrozenInstanceError
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 
 from quasr.errors import AudioDecodeError, ModelNotFoundError, OptionError, ResourceError
 from quasr.pipeline import service as module
-from quasr.pipeline.service import CLOSED, ServiceResult, SpeechService
+from quasr.pipeline.service import CLOSED, FORKED, ServiceResult, SpeechService
 from quasr.types import Notice, Transcript
 
 if TYPE_CHECKING:
@@ -124,11 +127,12 @@ def test_result_is_a_frozen_mapping_with_five_entries() -> None:
 
 
 def test_loads_on_first_use_with_the_given_choices(loader: Loader) -> None:
-    with SpeechService("some/model", compute_type="int8", device="cpu", memory="4GB") as service:
+    with SpeechService("some/model", compute_type="int8", device="cpu", batch_size=32, memory="4GB") as service:
         assert (loader.calls, service.loaded) == ([], False)
         assert service.transcribe_bytes(b"hello") == ServiceResult(True, "hello", 1.5, "English")
         assert service.loaded
-        assert loader.calls == [("some/model", {"compute_type": "int8", "device": "cpu", "memory": "4GB"})]
+        options = {"compute_type": "int8", "device": "cpu", "batch_size": 32, "memory": "4GB"}
+        assert loader.calls == [("some/model", options)]
     assert loader.made[0].closed == 1
     assert service_threads() == []
 
@@ -201,6 +205,41 @@ def test_a_model_that_does_not_load_is_an_answer_for_all_who_wait(loader: Loader
         assert {result.error for result in results} == {"no such model"}
         assert len(loader.calls) <= 2
         loader.error = None
+        assert service.transcribe_bytes(b"again").text == "again"
+
+
+def test_options_that_cannot_be_compared_harm_nobody_else(loader: Loader) -> None:
+    with SpeechService() as service, ThreadPoolExecutor(4) as pool:
+        transcriber, caller = held(service, loader)
+        odd = [pool.submit(service.transcribe_bytes, b"odd", language=np.array(["de", "en"])) for _ in range(2)]
+        even = [pool.submit(service.transcribe_bytes, b"even", language="de") for _ in range(2)]
+        wait_for(lambda: len(service._worker._waiting) == 4)
+        transcriber.gate.set()
+        assert [answer.result(5).text for answer in even] == ["even", "even"]
+        assert all(answer.result(5).error.startswith("internal error: ") for answer in odd)
+        caller.join(5)
+
+
+def test_options_that_are_none_are_told(loader: Loader) -> None:
+    with SpeechService() as service:
+        for name in ("progress", "limits", "options", "lang"):
+            assert service.transcribe_bytes(b"x", **{name: 1}).error.startswith(f"unknown option {name!r}: there are ")
+    assert loader.calls == []
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_fork_is_answered_and_does_not_wait_for_a_thread_that_stayed_behind(loader: Loader) -> None:
+    with SpeechService() as service:
+        service.transcribe_bytes(b"hello")
+        child = os.fork()
+        if not child:
+            signal.alarm(5)
+            told = service.transcribe_bytes(b"hello").error == FORKED
+            service.unload()
+            service.close()
+            os._exit(0 if told else 1)
+        assert os.waitpid(child, 0)[1] == 0
         assert service.transcribe_bytes(b"again").text == "again"
 
 

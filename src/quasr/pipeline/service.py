@@ -11,6 +11,7 @@ import ctypes
 import gc
 import logging
 import math
+import os
 import sys
 import threading
 import weakref
@@ -25,9 +26,9 @@ from quasr.audio.decode import log_notice
 from quasr.audio.source import Kind, kind_of, name_of
 from quasr.errors import AudioError, OptionError, QuasrError
 from quasr.pipeline.transcriber import Transcriber, load
+from quasr.types import TranscribeOptions
 
 if TYPE_CHECKING:
-    import os
     from pathlib import Path
 
     from quasr.audio.source import AudioInput
@@ -37,6 +38,9 @@ GATHER_SECONDS = 0.005
 """How long a batch waits for more clips: far less than decoding one takes, enough for callers that start together."""
 
 CLOSED = "the service is closed: open a new one"
+
+FORKED = "the service was in use before this process was forked from it: open a new one here, or spawn processes"
+"""Threads stay behind in a fork: nobody would ever answer, and a lock may be held for good."""
 
 _log = logging.getLogger(__name__)
 
@@ -94,7 +98,7 @@ class SpeechService:
             raise OptionError(f"idle_seconds is {idle_seconds}: it must be a positive number, or None for never")
         if batch_size < 1:
             raise OptionError(f"batch_size is {batch_size}: it must be at least 1")
-        loading = partial(load, model, compute_type=compute_type, device=device, **load_options)
+        loading = partial(load, model, compute_type=compute_type, device=device, batch_size=batch_size, **load_options)
         self._worker = _Worker(loading, batch_size, idle_seconds)
         # The worker's thread knows the worker only, so a service that nobody holds any more ends it.
         weakref.finalize(self, self._worker.close)
@@ -138,6 +142,7 @@ class SpeechService:
         request = _Request(source, overrides)
         try:
             _expect(source, wanted)
+            _expect_options(overrides)
         except OptionError as error:
             request.answer.set_result(ServiceResult(success=False, error=str(error)))
         else:
@@ -175,12 +180,21 @@ class _Worker:
         self._unloads: list[Future[None]] = []
         self._closed = False
         self._thread: threading.Thread | None = None
+        self._home: int | None = None
+
+    @property
+    def _forked(self) -> bool:
+        """Whether the thread is another process's."""
+        return self._home not in (None, os.getpid())
 
     @property
     def loaded(self) -> bool:
         return self._transcriber is not None
 
     def submit(self, request: _Request) -> None:
+        if self._forked:
+            request.fail(FORKED)
+            return
         with self._changed:
             if self._closed:
                 request.fail(CLOSED)
@@ -189,9 +203,12 @@ class _Worker:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="quasr-service", daemon=True)
                 self._thread.start()
+                self._home = os.getpid()
             self._changed.notify_all()
 
     def unload(self) -> None:
+        if self._forked:
+            return
         done: Future[None] = Future()
         with self._changed:
             if self._thread is None:  # no thread, no model
@@ -201,6 +218,8 @@ class _Worker:
         done.result()
 
     def close(self) -> None:
+        if self._forked:
+            return
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -242,7 +261,7 @@ class _Worker:
     def _take(self) -> list[_Request]:
         """The oldest waiting clip and those with equal options, less those whose callers have left."""
         wanted = self._waiting[0].overrides
-        batch = [request for request in self._waiting if request.overrides == wanted][: self._batch_size]
+        batch = [request for request in self._waiting if _equal(request.overrides, wanted)][: self._batch_size]
         self._waiting = deque(request for request in self._waiting if request not in batch)
         return [request for request in batch if request.answer.set_running_or_notify_cancel()]
 
@@ -325,7 +344,7 @@ class _Worker:
             with self._changed:
                 self._give_up(reason)
                 self._at_hand = []
-                self._thread = None
+                self._thread = self._home = None
                 for done in self._unloads:
                     done.set_result(None)
                 self._unloads = []
@@ -342,6 +361,21 @@ def give_back_memory() -> None:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
             trim(0)
+
+
+def _equal(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether these options are the same. What cannot even be compared, as arrays, is one caller's fault, not all's."""
+    try:
+        return one is other or one == other
+    except Exception:
+        return False
+
+
+def _expect_options(overrides: dict[str, Any]) -> None:
+    known = [entry.name for entry in fields(TranscribeOptions)]
+    for name in overrides:
+        if name not in known:
+            raise OptionError(f"unknown option {name!r}: there are {', '.join(known)}")
 
 
 def _expect(source: AudioInput, wanted: Kind) -> None:
