@@ -179,6 +179,20 @@ def test_settings_that_ask_for_what_happens_give_no_warning(model: WhisperModel)
     assert len(list(model.transcribe(SOUND, **settings)[0])) == 3
 
 
+def test_settings_may_be_arrays(model: WhisperModel) -> None:
+    segments, _ = model.transcribe(SOUND, suppress_tokens=np.array([-1]), clip_timestamps=np.array([0]))
+    assert [segment.text for segment in segments][-1] == " End."
+    with pytest.raises(ValueError, match="clip_timestamps"):
+        model.transcribe(SOUND, clip_timestamps=np.array([0.0, 2.0]))
+    with pytest.warns(UserWarning, match="temperature"):
+        model.transcribe(SOUND, temperature=np.array([0.0, 0.5]))
+
+
+def test_the_model_may_be_a_path(loading: Loading, tmp_path: Path) -> None:
+    WhisperModel(tmp_path)
+    assert loading.calls[0][0] == tmp_path
+
+
 def test_settings_of_whisper_s_search_are_named_in_one_warning(model: WhisperModel) -> None:
     with pytest.warns(UserWarning, match="no use for beam_size, temperature, vad_parameters and ignores") as caught:
         model.transcribe(SOUND, "en", beam_size=3, temperature=[0.4], vad_parameters={"threshold": 0.1})

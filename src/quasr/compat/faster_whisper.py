@@ -114,7 +114,7 @@ class WhisperModel:
         **model_kwargs: Any,
     ) -> None:
         """Loads `demo`, a folder or a hub id. Raises ArgumentError, and what `quasr.load` raises."""
-        if _WHISPER_SIZES.fullmatch(model_size_or_path) and not Path(model_size_or_path).is_dir():
+        if _WHISPER_SIZES.fullmatch(str(model_size_or_path)) and not Path(model_size_or_path).is_dir():
             raise ArgumentError(f"{model_size_or_path} is a Whisper model: use Qwen/Qwen3-ASR-0.6B or -1.7B instead")
         if files:
             raise ArgumentError("quasr does not load a model from `files` in memory: give its folder")
@@ -234,7 +234,7 @@ _SAME_ANYWAY: dict[str, tuple[object, ...]] = {
 def _ignored(given: dict[str, Any]) -> list[str]:
     """Names of the arguments that ask for something that does not happen."""
     defaults = inspect.signature(WhisperModel.transcribe).parameters
-    asked = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    asked = {name: tuple(value) if isinstance(value, list | np.ndarray) else value for name, value in given.items()}
     return [
         name
         for name in sorted(asked.keys() - _HONOURED)
@@ -248,7 +248,7 @@ def _refuse(task: str, word_timestamps: bool, clips: str | list[float], initial_
         raise ArgumentError(f"task is {task!r}: Qwen3-ASR only transcribes; translate the text with another model")
     if word_timestamps:
         raise ArgumentError("word_timestamps=True needs a forced aligner, which quasr does not have yet")
-    if clips not in ("0", "0.0", [0], [0.0], []):
+    if (clips if isinstance(clips, str) else list(clips)) not in ("0", "0.0", [0], []):
         raise ArgumentError("clip_timestamps is not supported: cut the samples and give them as an array")
     if initial_prompt is not None and not isinstance(initial_prompt, str):
         raise ArgumentError("initial_prompt must be text: token ids are of another vocabulary")
