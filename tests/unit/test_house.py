@@ -33,4 +33,5 @@ def test_readme_is_short_enough_to_be_read() -> None:
 
 def test_the_bundled_model_is_small_enough_to_ship() -> None:
     size = sum(path.stat().st_size for path in (ROOT / "src/quasr/demo").rglob("*") if path.is_file())
-    assert size <= 45_000_000
+    # The weights are there twice: bf16 for torch, int8 for ONNX Runtime.
+    assert size <= 70_000_000
