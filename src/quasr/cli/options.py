@@ -95,5 +95,5 @@ class ModelChoice:
             f"loaded in {time.perf_counter() - started:.1f} s"
         )
         if self.memory or self.offload:
-            note(info.reasons[-1])
+            note("; ".join(info.reasons))
         return transcriber
