@@ -43,7 +43,7 @@ pytestmark = pytest.mark.skipif(not (DEMO / "model").is_dir(), reason="the demo 
 @pytest.fixture(scope="module")
 def transcriber() -> Iterator[quasr.Transcriber]:
     torch.set_num_threads(1)
-    with quasr.load("demo", device="cpu") as loaded:
+    with quasr.load("demo", engine="torch", device="cpu") as loaded:
         yield loaded
 
 
