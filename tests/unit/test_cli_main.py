@@ -4,6 +4,7 @@ import os
 import resource
 import subprocess
 import sys
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -11,6 +12,9 @@ from quasr import __version__
 from quasr.cli import main
 from quasr.cli.terminal import note
 from quasr.errors import CheckpointError, OptionError, ResourceError
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 HEAVY = ("torch", "numpy", "av", "soxr", "tokenizers", "huggingface_hub", "jiwer", "transformers")
 
@@ -115,6 +119,27 @@ def test_standard_output_on_a_full_disk_is_one_line() -> None:
         done = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     line = "error: standard output cannot be written (No space left on device): send it elsewhere\n"
     assert (done.returncode, done.stderr) == (ResourceError.exit_code, line)
+
+
+@pytest.mark.parametrize("place", ["plain/out.json", "folder"])
+def test_an_evaluation_without_a_place_for_its_figures_does_not_begin(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, place: str
+) -> None:
+    (tmp_path / "plain").touch()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "clips.jsonl").write_text('{"path": "a.wav", "text": "a"}\n')
+    assert run_with(monkeypatch, "eval", str(tmp_path / "clips.jsonl"), "-o", str(tmp_path / place)) == 2
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err.count("\n")) == ("", 1)
+    assert str(tmp_path / place) in captured.err
+
+
+def test_a_comparison_without_a_place_for_its_figures_does_not_begin(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "plain").touch()
+    assert run_with(monkeypatch, "compare", "demo", "a.wav", "-o", str(tmp_path / "plain" / "out")) == 2
+    assert capsys.readouterr().err.endswith("cannot be written to: choose another output folder\n")
 
 
 def test_a_note_is_one_line_whatever_a_file_is_called(capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,6 +17,7 @@ from quasr.cli.options import (  # noqa: TC001  (Typer reads the annotations)
     RevisionOption,
     ThreadsOption,
 )
+from quasr.cli.outputs import check_place
 from quasr.cli.terminal import aligned, note, result
 from quasr.errors import MissingDependencyError
 from quasr.types import TranscribeOptions
@@ -53,6 +54,8 @@ def compare(
     from quasr.evaluation.worker import Job
 
     require_packages()
+    if output is not None:
+        check_place(output)
     names, clips = parse_precisions(precisions), tuple(read_clips(audio))
     options = TranscribeOptions(language, max_new_tokens=max_new_tokens, batch_size=batch_size)
     source = {"hub": hub, "revision": revision, "offline": offline}

@@ -26,7 +26,9 @@ from quasr.cli.options import (
     ThreadsOption,
     ThresholdOption,
 )
+from quasr.cli.outputs import check_place
 from quasr.cli.terminal import ProgressLine, aligned, note, result
+from quasr.errors import OptionError
 from quasr.types import TranscribeOptions
 
 if TYPE_CHECKING:
@@ -62,6 +64,8 @@ def evaluate(
     from quasr.evaluation.score import require_packages
 
     require_packages()
+    if output is not None:
+        _prepare(output)
     clips = read_manifest(manifest)
     options = TranscribeOptions(language, context, max_new_tokens, batch_size=batch_size)
     choice = ModelChoice(
@@ -74,6 +78,17 @@ def evaluate(
         if output is not None:
             write_json(output, model, transcriber.info, outcomes)
     return _exit_code(outcomes)
+
+
+def _prepare(output: Path) -> None:
+    """Makes the file's folder. Raises OptionError where that cannot be, before hours of work and not after them."""
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OptionError(f"{output} cannot be written ({error.strerror}): choose another place") from error
+    check_place(output.parent)
+    if output.is_dir():
+        raise OptionError(f"{output} is a folder: give the name of a file")
 
 
 def _run(transcriber: Transcriber, clips: Sequence[Clip], options: TranscribeOptions) -> list[Outcome]:

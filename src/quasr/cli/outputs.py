@@ -28,6 +28,13 @@ class Style:
     rules: LineRules
 
 
+def check_place(folder: Path) -> None:
+    """Raises OptionError where nothing could be written into the folder, or where it could not be made."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        raise OptionError(f"{folder} cannot be written to: choose another output folder")
+
+
 class Outputs(Protocol):
     """Takes what comes out. `style` is what its content depends on; None where nothing is kept for a later run."""
 
@@ -109,9 +116,7 @@ class Files:
 
         Raises OptionError where it could not be: hours of work would be lost.
         """
-        there = next(path for path in (self._folder, *self._folder.absolute().parents) if path.exists())
-        if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
-            raise OptionError(f"{self._folder} cannot be written to: choose another output folder")
+        check_place(self._folder)
         self._journal.sweep(item.name for item in pending)
 
     def put(self, item: Input, transcript: Transcript, key: str | None) -> None:
