@@ -56,42 +56,72 @@ def turned(x, where, norm, rates, place, eps, inside, SIZE: tl.constexpr, DP: tl
 def merge(out, parts, marks, row, kv, base, HEADS: tl.constexpr, KV: tl.constexpr, SIZE: tl.constexpr,
           SPLITS: tl.constexpr, GP: tl.constexpr, DP: tl.constexpr):  # fmt: skip
     """Puts the parts of one row and key head together. marks: their maxima and sums, (parts, 2, GP)."""
-    g, d = tl.arange(0, GP), tl.arange(0, DP)
-    largest = tl.full((GP,), float("-inf"), tl.float32)
-    for split in range(SPLITS):
-        largest = tl.maximum(largest, tl.load(marks + (base + split) * 2 * GP + g, cache_modifier=".cg"))
-    largest = tl.where(largest == float("-inf"), 0.0, largest)
-    total, sums = tl.zeros((GP,), tl.float32), tl.zeros((GP, DP), tl.float32)
-    for split in range(SPLITS):
-        mark = marks + (base + split) * 2 * GP + g
-        share = tl.exp2(tl.load(mark, cache_modifier=".cg") - largest)
-        total += share * tl.load(mark + GP, cache_modifier=".cg")
-        part = parts + ((base + split) * GP + g)[:, None] * DP + d[None, :]
-        sums += share[:, None] * tl.load(part, cache_modifier=".cg")
-    store(out, sums, total, row, kv, HEADS, KV, SIZE, GP, DP)
+    GROUP: tl.constexpr = HEADS // KV
+    d = tl.arange(0, DP)
+    splits = base + tl.arange(0, SPLITS)
+    for g in tl.static_range(GROUP):
+        tops = tl.load(marks + splits * 2 * GP + g, cache_modifier=".cg")
+        weights = tl.load(marks + splits * 2 * GP + GP + g, cache_modifier=".cg")
+        sums = tl.load(parts + (splits * GP + g)[:, None] * DP + d[None, :], cache_modifier=".cg")
+        largest = tl.max(tops, axis=0)
+        shares = tl.exp2(tops - tl.where(largest == float("-inf"), 0.0, largest))
+        total = tl.sum(shares * weights, axis=0)
+        mean = tl.sum(shares[:, None] * sums, axis=0) / tl.where(total > 0, total, 1.0)
+        where = (row * HEADS + kv * GROUP + g) * SIZE + d
+        tl.store(out + where, mean.to(out.dtype.element_ty), mask=d < SIZE)
 
 
 @triton.jit
 def store(out, sums, total, row, kv, HEADS: tl.constexpr, KV: tl.constexpr, SIZE: tl.constexpr,
-          GP: tl.constexpr, DP: tl.constexpr):  # fmt: skip
+          LANES: tl.constexpr, DP: tl.constexpr):  # fmt: skip
     """sums / total, and zeros for a row without positions."""
     GROUP: tl.constexpr = HEADS // KV
-    g, d = tl.arange(0, GP), tl.arange(0, DP)
+    g, d = tl.arange(0, LANES), tl.arange(0, DP)
     mean = sums / tl.where(total > 0, total, 1.0)[:, None]
     where = (row * HEADS + kv * GROUP + g)[:, None] * SIZE + d[None, :]
     tl.store(out + where, mean.to(out.dtype.element_ty), mask=(g < GROUP)[:, None] & (d < SIZE)[None, :])
 
 
 @triton.jit
+def block_of(keys, values, base, begin, end, SIZE: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr):
+    """Keys and values (BLOCK, DP) of the positions from `begin` on, zeros from `end` on."""
+    p, d = begin + tl.arange(0, BLOCK), tl.arange(0, DP)
+    known = (p < end)[:, None] & (d < SIZE)[None, :]
+    where = base + p[:, None] * SIZE + d[None, :]
+    return tl.load(keys + where, mask=known, other=0), tl.load(values + where, mask=known, other=0)
+
+
+@triton.jit
+def look(q, k, v, begin, end, largest, weight, sums, BLOCK: tl.constexpr, PRECISION: tl.constexpr):
+    """One block more: the running maxima, sums of exponentials (LANES,) and weighted values (LANES, DP)."""
+    p = begin + tl.arange(0, BLOCK)
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    scores = tl.where((p < end)[None, :], scores, float("-inf"))
+    raised = tl.maximum(largest, tl.max(scores, axis=1))
+    safe = tl.where(raised == float("-inf"), 0.0, raised)
+    shares = tl.exp2(scores - safe[:, None])
+    keep = tl.exp2(largest - safe)
+    weight = weight * keep + tl.sum(shares, axis=1)
+    sums = sums * keep[:, None] + tl.dot(shares.to(v.dtype), v, input_precision=PRECISION)
+    return raised, weight, sums
+
+
+@triton.jit
 def attention(
     x, keys, values, offsets, lengths, idle, q_norm, k_norm, rates, out, parts, marks, counters,
     stride, q_eps, k_eps, scale, positions,
-    HEADS: tl.constexpr, KV: tl.constexpr, SIZE: tl.constexpr, GP: tl.constexpr, DP: tl.constexpr,
-    SPLITS: tl.constexpr, BLOCK: tl.constexpr, FUSED: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    HEADS: tl.constexpr, KV: tl.constexpr, SIZE: tl.constexpr, GP: tl.constexpr, LANES: tl.constexpr,
+    DP: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, FUSED: tl.constexpr, PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """FUSED: x holds q, k, v of one new token a row, as a product made them. Otherwise x holds queries, rotated."""
+    """FUSED: x holds q, k, v of one new token a row, as a product made them. Otherwise x holds queries, rotated.
+
+    What the cache holds of earlier steps, and where, does not depend on the kernel before: with FUSED those loads
+    start before it has ended. That is safe as long as some kernel of the step (the embedding) lets its successors
+    start only after its own wait, so that the step before is over.
+    """
     GROUP: tl.constexpr = HEADS // KV
-    if PDL:
+    if PDL and not FUSED:
         gdc_wait()
         gdc_launch()
     row, kv, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -100,7 +130,13 @@ def attention(
     span = tl.cdiv(tl.cdiv(total, SPLITS), BLOCK) * BLOCK
     start = split * span
     end = tl.minimum(start + span, total)
-    g, d = tl.arange(0, GP), tl.arange(0, DP)
+    old = tl.minimum(end, last) if FUSED else end
+    base = (kv.to(tl.int64) * positions + tl.load(offsets + row)) * SIZE
+    k, v = block_of(keys, values, base, start, old, SIZE, DP, BLOCK)
+    if PDL and FUSED:
+        gdc_wait()
+        gdc_launch()
+    g, d = tl.arange(0, LANES), tl.arange(0, DP)
     heads = row.to(tl.int64) * stride + (kv * GROUP + g) * SIZE
     if FUSED:
         q = turned(x, heads, q_norm, rates, last, q_eps, g < GROUP, SIZE, DP)
@@ -108,43 +144,33 @@ def attention(
         known = (g < GROUP)[:, None] & (d < SIZE)[None, :]
         q = tl.load(x + heads[:, None] + d[None, :], mask=known, other=0).to(tl.float32)
     q = (q.to(keys.dtype.element_ty).to(tl.float32) * (scale * 1.4426950408889634)).to(keys.dtype.element_ty)
-    base = (kv.to(tl.int64) * positions + tl.load(offsets + row)) * SIZE
+    largest = tl.full((LANES,), float("-inf"), tl.float32)
+    sums, weight = tl.zeros((LANES, DP), tl.float32), tl.zeros((LANES,), tl.float32)
     if FUSED:
         one = tl.zeros((1,), tl.int64)
         own = row.to(tl.int64) * stride + (HEADS + kv) * SIZE
         new_k = turned(x, own + one, k_norm, rates, last, k_eps, one == 0, SIZE, DP).to(keys.dtype.element_ty)
         new_v = tl.load(x + own + KV * SIZE + d[None, :] + one[:, None], mask=(d < SIZE)[None, :], other=0)
-        mine = (d < SIZE)[None, :] & (last >= start) & (last < end)
-        tl.store(keys + base + last * SIZE + d[None, :], new_k, mask=mine)
-        tl.store(values + base + last * SIZE + d[None, :], new_v.to(keys.dtype.element_ty), mask=mine)
-    largest = tl.full((GP,), float("-inf"), tl.float32)
-    sums, weight = tl.zeros((GP, DP), tl.float32), tl.zeros((GP,), tl.float32)
-    for begin in range(start, end, BLOCK):
-        p = begin + tl.arange(0, BLOCK)
-        known = (p < end)[:, None] & (d < SIZE)[None, :]
-        if FUSED:
-            known = known & (p != last)[:, None]
-        where = base + p[:, None] * SIZE + d[None, :]
-        k = tl.load(keys + where, mask=known, other=0)
-        v = tl.load(values + where, mask=known, other=0)
-        if FUSED:
-            k = tl.where((p == last)[:, None], new_k, k)
-            v = tl.where((p == last)[:, None], new_v.to(v.dtype), v)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        scores = tl.where((p < end)[None, :], scores, float("-inf"))
-        raised = tl.maximum(largest, tl.max(scores, axis=1))
-        shares = tl.exp2(scores - raised[:, None])
-        keep = tl.exp2(largest - raised)
-        weight = weight * keep + tl.sum(shares, axis=1)
-        sums = sums * keep[:, None] + tl.dot(shares.to(v.dtype), v, input_precision=PRECISION)
-        largest = raised
+        new_v = new_v.to(keys.dtype.element_ty)
+        mine = (last >= start) & (last < end)
+        tl.store(keys + base + last * SIZE + d[None, :], new_k, mask=(d < SIZE)[None, :] & mine)
+        tl.store(values + base + last * SIZE + d[None, :], new_v, mask=(d < SIZE)[None, :] & mine)
+        # The part that owns the new position begins with it.
+        score = tl.sum(q.to(tl.float32) * new_k.to(tl.float32), axis=1)
+        largest = tl.where(mine, score, largest)
+        weight = tl.where(mine, 1.0, weight)
+        sums = tl.where(mine, new_v.to(tl.float32), sums)
+    largest, weight, sums = look(q, k, v, start, old, largest, weight, sums, BLOCK, PRECISION)
+    for begin in range(start + BLOCK, old, BLOCK):
+        k, v = block_of(keys, values, base, begin, old, SIZE, DP, BLOCK)
+        largest, weight, sums = look(q, k, v, begin, old, largest, weight, sums, BLOCK, PRECISION)
     if SPLITS == 1:
-        store(out, sums, weight, row, kv, HEADS, KV, SIZE, GP, DP)
+        store(out, sums, weight, row, kv, HEADS, KV, SIZE, LANES, DP)
     else:
         first = (row * KV + kv) * SPLITS
-        tl.store(parts + ((first + split) * GP + g)[:, None] * DP + d[None, :], sums)
-        tl.store(marks + (first + split) * 2 * GP + g, largest)
-        tl.store(marks + (first + split) * 2 * GP + GP + g, weight)
+        tl.store(parts + ((first + split) * GP + g)[:, None] * DP + d[None, :], sums, mask=(g < GROUP)[:, None])
+        tl.store(marks + (first + split) * 2 * GP + g, largest, mask=g < GROUP)
+        tl.store(marks + (first + split) * 2 * GP + GP + g, weight, mask=g < GROUP)
         tl.debug_barrier()
         if tl.atomic_add(counters + row * KV + kv, 1) == SPLITS - 1:
             merge(out, parts, marks, row, kv, first, HEADS, KV, SIZE, SPLITS, GP, DP)
@@ -190,7 +216,7 @@ def _counters(count: int, device: torch.device) -> Tensor:
 def plan(rows: int, heads: Heads) -> AttentionPlan:
     """About two programs for each of the 132 multiprocessors of an H200, and no more parts than pay."""
     splits = max(1, min(16, 256 // (rows * heads.kv_count)))
-    return AttentionPlan(block(splits + 1) // 2, 32, 4)
+    return AttentionPlan(block(splits + 1) // 2, 32 if splits > 4 else 64, 4)
 
 
 def rotate_write(x: Tensor, keys: Tensor, values: Tensor, places: Places, heads: Heads) -> Tensor:
@@ -219,7 +245,7 @@ def attend_step(x: Tensor, keys: Tensor, values: Tensor, places: Places, heads: 
 def run(x: Tensor, layer: tuple[Tensor, Tensor], places: Places, heads: Heads, *, fused: bool) -> Tensor:
     """Launches `attention`: (m, width or query_width) -> (m, query_width)."""
     chosen = plan(len(x), heads)
-    group, width = block(heads.count // heads.kv_count, LEAST_DOT), block(heads.size, LEAST_DOT)
+    group, width = block(heads.count // heads.kv_count), block(heads.size, LEAST_DOT)
     out = x.new_empty(len(x), heads.query_width)
     many = len(x) * heads.kv_count
     parts = torch.empty(many * chosen.splits * group, width, dtype=torch.float32, device=x.device)
@@ -229,8 +255,8 @@ def run(x: Tensor, layer: tuple[Tensor, Tensor], places: Places, heads: Heads, *
         x, *layer, places.offsets, places.lengths, places.idle,
         heads.q_norm.weight, heads.k_norm.weight, heads.rates, out, parts, marks, _counters(block(many, 64), x.device),
         x.stride(0), heads.q_norm.eps, heads.k_norm.eps, heads.size**-0.5, layer[0].shape[1],
-        HEADS=heads.count, KV=heads.kv_count, SIZE=heads.size, GP=group, DP=width, SPLITS=chosen.splits,
-        BLOCK=chosen.positions, FUSED=fused, PRECISION="ieee" if x.dtype == torch.float32 else "tf32", PDL=pdl,
-        **launch_options(chosen.warps, pdl),
+        HEADS=heads.count, KV=heads.kv_count, SIZE=heads.size, GP=group, LANES=max(group, LEAST_DOT), DP=width,
+        SPLITS=chosen.splits, BLOCK=chosen.positions, FUSED=fused,
+        PRECISION="ieee" if x.dtype == torch.float32 else "tf32", PDL=pdl, **launch_options(chosen.warps, pdl),
     )  # fmt: skip
     return out
