@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import accumulate, chain
+from itertools import chain
 from typing import TYPE_CHECKING, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from quasr.errors import OptionError
 from quasr.kernels.matrix import Heads, Matrix, Norm
 from quasr.kernels.state import CachePool, DecodeState, Places
+from quasr.model.transfer import to_device
 from quasr.quant.embedding import Int8Embedding
 from quasr.quant.linear import Int4Linear, Int8Linear
 from quasr.weights.load import assign
@@ -155,7 +157,10 @@ class FastDecoder:
 
 @dataclass(frozen=True, slots=True)
 class _Packed:
-    """Prompts one after the other. `table` (prompts, longest): each prompt's rows, its last one repeated to the end."""
+    """Prompts one after the other. `table` (prompts, longest): each prompt's rows, its last one repeated to the end.
+
+    `inside`: (total,) where each row stands in `table`, flattened. All is made on the host, so that nothing waits.
+    """
 
     places: Places
     table: Tensor
@@ -164,16 +169,18 @@ class _Packed:
 
     @classmethod
     def of(cls, lengths: Sequence[int], offsets: Sequence[int], device: torch.device) -> _Packed:
-        counts = torch.tensor(lengths)
-        ends = torch.tensor(list(accumulate(lengths)))
-        steps = torch.arange(int(counts.max()))
+        counts = np.array(lengths)
+        ends = counts.cumsum()
+        steps = np.arange(counts.max())
         inside = steps < counts[:, None]
-        table = torch.minimum((ends - counts)[:, None] + steps, ends[:, None] - 1)
-        positions = steps.expand_as(inside)[inside]
-        begins = torch.tensor(offsets).repeat_interleave(counts)
-        idle = torch.zeros(len(positions), dtype=torch.bool)
-        places = Places(begins.to(device), positions.to(device), idle.to(device))
-        return cls(places, table.to(device), inside.to(device), (ends - 1).to(device))
+        table = np.minimum((ends - counts)[:, None] + steps, ends[:, None] - 1)
+        places = Places(
+            to_device(np.repeat(offsets, counts), device),
+            to_device(np.broadcast_to(steps, inside.shape)[inside], device),
+            torch.zeros(sum(lengths), dtype=torch.bool, device=device),
+        )
+        found = (table, np.flatnonzero(inside), ends - 1)
+        return cls(places, *(to_device(one, device) for one in found))
 
     def attend(self, q: Tensor, qkv: Tensor, layer: tuple[Tensor, Tensor], heads: Heads) -> Tensor:
         """Causal attention inside each prompt: (total, query_width) of the same shape. Padding stands at the end."""
@@ -181,7 +188,7 @@ class _Packed:
         k, v = (cache[:, where[self.table]].transpose(0, 1) for cache in layer)
         padded = q.unflatten(-1, (heads.count, -1))[self.table].transpose(1, 2)
         y = F.scaled_dot_product_attention(padded, k, v, is_causal=True, enable_gqa=True)
-        return y.transpose(1, 2)[self.inside].flatten(1)
+        return y.transpose(1, 2).flatten(0, 1)[self.inside].flatten(1)
 
 
 def _draft_places(state: DecodeState, count: int) -> Places:
