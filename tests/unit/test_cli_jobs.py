@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 
@@ -16,9 +16,6 @@ from quasr.cli.journal import JOURNAL_FILE, Fingerprint, Journal
 from quasr.errors import OptionError
 from quasr.types import Segment, Transcript
 from quasr.weights.record import identity
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 SAID = Transcript("Grüße", "German", 2.0, (Segment(0, 0.0, 2.0, "Grüße", "German"),))
 
@@ -46,6 +43,14 @@ def test_rows_become_inputs(tmp_path: Path) -> None:
     assert (first.name, first.label, first.language, first.context) == ("x/a.wav", "x/a.wav", "de", "Ohm")
     assert (second.source, second.label, second.name) == (url, "https://host/a.mp3", "7")
     assert (second.language, second.context, second.path) == (None, None, None)
+
+
+def test_a_file_beside_the_manifest_is_never_standard_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    manifest(tmp_path, {"path": "-"}, {"path": str(tmp_path / "a.wav")})
+    first, second = read_jobs(Path("jobs.jsonl"))
+    assert (first.source, first.path) == ("./-", Path("-"))
+    assert second.path == tmp_path / "a.wav"
 
 
 @pytest.mark.parametrize(

@@ -134,7 +134,8 @@ def _input(manifest: Path, number: int, row: Any) -> Input:
     if "://" not in given.get("url", "://"):
         raise OptionError(f"{manifest}, line {number}: url is {given['url']!r}, which is none")
     audio = given.get("url") or given.get("path", "")
-    item = single(audio if "url" in given else str(manifest.parent / audio))
+    # Not the `/` of paths: that makes a plain "-" of the file "./-", which would be standard input.
+    item = single(audio if "url" in given else os.path.join(manifest.parent, audio))
     label = item.label if "url" in given else audio
     name = str(given.get("id", audio))
     return Input(item.source, label, name, given.get("language"), given.get("context"))
