@@ -10,7 +10,7 @@ BASE_PIP = $(BASE_VENV)/bin/python -m pip install --quiet --disable-pip-version-
 BASE_TESTS = $(wildcard tests/unit/test_audio_*.py tests/unit/test_text_*.py tests/unit/test_output_*.py \
 	tests/unit/test_engine_onnx_session.py tests/unit/test_pipeline_transcribe.py tests/unit/test_pipeline_guard.py \
 	tests/unit/test_weights_hub.py tests/unit/test_public_api.py tests/unit/test_cli_doctor.py \
-	tests/unit/test_cli_main.py tests/unit/test_cli_transcribe.py tests/base)
+	tests/unit/test_cli_transcribe.py tests/base)
 
 .PHONY: demo test test-base check clean
 

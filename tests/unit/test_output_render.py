@@ -90,7 +90,14 @@ def test_json_holds_everything() -> None:
     read = json.loads(text)
     assert read["segments"][0]["words"] == [{"text": "Hé", "start": 0.0, "end": 0.5, "probability": 0.9}]
     assert read["segments"][0]["avg_logprob"] == -0.25
-    notice = {"code": "cut", "message": "cut short", "start": 0.0, "end": 1.0, "retry_helped": None}
+    notice = {
+        "code": "cut",
+        "message": "cut short",
+        "start": 0.0,
+        "end": 1.0,
+        "retry_helped": None,
+        "retry_weights": None,
+    }
     assert read["warnings"] == [notice]
     assert set(read) == {"text", "language", "duration", "segments", "finish_reason", "warnings", "timings"}
 
