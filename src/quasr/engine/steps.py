@@ -22,8 +22,7 @@ class Steps:
         self._decoder = decoder
         self._use_graphs = graphs
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        # All graphs take their temporary memory from one pool: they never run at the same time.
-        self._memory = torch.cuda.graph_pool_handle() if graphs else None
+        self._memory: tuple[int, int] | None = None
 
     def rows_for(self, busy: int) -> int:
         """How many rows the state must show where `busy` of them have clips."""
@@ -44,10 +43,15 @@ class Steps:
             self._graphs[state.rows].replay()
 
     def forget(self) -> None:
-        """Drops all graphs."""
+        """Drops all graphs, and the memory that they shared."""
         self._graphs.clear()
+        self._memory = None
 
     def _capture(self, state: DecodeState, cache: CachePool) -> torch.cuda.CUDAGraph:
+        if self._memory is None:
+            # All graphs take their temporary memory from one pool: they never run at the same time. A pool without
+            # graphs is gone, so each set of them has its own.
+            self._memory = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._memory):
             self._decoder.step(state, cache)
