@@ -266,7 +266,7 @@ def test_out_of_memory_gives_advice_and_the_engine_lives_on(monkeypatch: pytest.
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(model.encoder, "encode", fail)
+        patch.setattr(model.encoder, "run", fail)
         with pytest.raises(ResourceError, match="9 clips of up to 9 s: use a smaller batch"):
             engine.run(REQUESTS)
     assert engine.step() == []

@@ -7,7 +7,7 @@ import torch
 from weights_samples import random_network
 
 from quasr.model import encoder as encoder_module
-from quasr.model.encoder import AudioEncoder, layer_norm, plan_windows, residual_dtype, sinusoids
+from quasr.model.encoder import AudioEncoder, layer_norm, plan_windows, residual_dtype, sinusoids, window_mask
 
 torch.set_num_threads(1)
 
@@ -47,8 +47,8 @@ def test_rows_are_as_wide_as_needed_and_no_window_is_cut(encoder: AudioEncoder) 
 
 
 def test_full_windows_need_no_mask(encoder: AudioEncoder) -> None:
-    assert plan_windows(encoder.config, [1600, 800], torch.device("cpu")).mask() is None
-    mask = plan_windows(encoder.config, [100, 150], torch.device("cpu")).mask()
+    assert window_mask(plan_windows(encoder.config, [1600, 800], torch.device("cpu")).owners) is None
+    mask = window_mask(plan_windows(encoder.config, [100, 150], torch.device("cpu")).owners)
     assert mask is not None
     assert mask.shape == (2, 1, 26, 26)
     assert mask[1, 0].sum(1).tolist() == [20] * 20 + [6] * 6

@@ -104,6 +104,14 @@ class FastDecoder:
             self._finish_layer(x, packed.attend(q, qkv, (keys, values), layer.heads), layer)
         return x[packed.last]
 
+    def prefill_tokens(self, x: Tensor, places: Places, cache: CachePool) -> Tensor:
+        """As `prefill` of embeddings x (m, hidden) fp32, overwritten, whose tokens go to `places`: (m, hidden) fp32.
+
+        Each token reads the cache for itself. That is more work, but it needs no layout made by the host, so a CUDA
+        graph can hold it.
+        """
+        return self._through(x, places, cache, fused=False)
+
     def step(self, state: DecodeState, cache: CachePool) -> None:
         """One more token for every row that is not finished; `state` and `cache` change in place.
 
@@ -136,7 +144,9 @@ class FastDecoder:
 
     def _forward(self, tokens: Tensor, places: Places, cache: CachePool, *, fused: bool) -> Tensor:
         """One token for each of `places` -> hidden states (m, hidden) fp32."""
-        x = self.embed(tokens)
+        return self._through(self.embed(tokens), places, cache, fused=fused)
+
+    def _through(self, x: Tensor, places: Places, cache: CachePool, *, fused: bool) -> Tensor:
         for index, layer in enumerate(self.layers):
             keys, values = cache.layer(index)
             qkv = self.kernels.linear(x, layer.qkv, layer.input_norm)

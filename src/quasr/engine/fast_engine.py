@@ -20,6 +20,7 @@ from quasr.engine import device as devices
 from quasr.engine import scheduler
 from quasr.engine.base import ClipResult, EngineInfo, EngineStats, Ticket, belongs, nan_error
 from quasr.engine.fast import FastDecoder
+from quasr.engine.graphs import GraphedEncoder, GraphedPrefill
 from quasr.engine.prompts import embed_prompts, prompt_length
 from quasr.engine.row import Row
 from quasr.engine.rows import Clip, Rows
@@ -108,6 +109,8 @@ class FastEngine:
         self._model: Qwen3ASR | None = model
         self._decoder = FastDecoder.from_model(model.decoder, kernels)
         self._steps = Steps(self._decoder, graphs=graphs)
+        self._prefill = GraphedPrefill(self._decoder) if graphs else self._decoder
+        self._encode = GraphedEncoder(model.encoder).encode if graphs else model.encoder.encode
         self._stats = EngineStats()
         self._spans = Spans(self._stats, placement.device)
         self._submitted = 0
@@ -194,7 +197,7 @@ class FastEngine:
         self._forget_clips()
         self._steps.forget()
         self._cache = None
-        del self._decoder, self._steps, self._rows
+        del self._decoder, self._steps, self._rows, self._prefill, self._encode
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -259,10 +262,10 @@ class FastEngine:
         assert self._cache is not None
         clips.sort(key=lambda clip: len(clip.draft))
         with self._spans.measure("encode_seconds"):
-            x = embed_prompts(self._network.encoder, self._decoder, [clip.request for clip in clips])
+            x = embed_prompts(self._network.encoder, self._encode, self._decoder, [clip.request for clip in clips])
         with self._spans.measure("prefill_seconds"):
             lengths, offsets = [clip.place.prompt for clip in clips], [clip.begin for clip in clips]
-            self._rows.admit(clips, self._decoder.choose(self._decoder.prefill(x, lengths, offsets, self._cache)))
+            self._rows.admit(clips, self._decoder.choose(self._prefill.prefill(x, lengths, offsets, self._cache)))
             self._verify([clip for clip in clips if len(clip.draft) > 1 and clip.place.budget > 1])
 
     def _verify(self, clips: Sequence[Clip]) -> None:
@@ -352,6 +355,8 @@ class FastEngine:
     def _grow_cache(self, positions: int) -> None:
         """A larger cache. Where clips are running the old one is copied, and both are held for that time."""
         self._steps.forget()
+        if isinstance(self._prefill, GraphedPrefill):
+            self._prefill.forget()
         kept = [self._cache] if self._cache and self._rows.clips else []
         self._cache = None
         grown = self._cache = self._decoder.allocate_cache(positions)

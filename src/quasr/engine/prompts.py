@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
@@ -11,7 +11,7 @@ from quasr.engine.mel_torch import frame_count, packed_log_mel
 from quasr.model.transfer import to_device
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
@@ -21,17 +21,25 @@ if TYPE_CHECKING:
     from quasr.model.encoder import AudioEncoder
 
 
+Encode: TypeAlias = "Callable[[Tensor, Sequence[int]], Tensor]"
+
+
 def prompt_length(config: AudioConfig, request: ClipRequest) -> int:
     """Positions of a clip's prompt: prefix, audio, suffix."""
     return len(request.prefix) + config.token_count(frame_count(len(request.samples))) + len(request.suffix)
 
 
-def embed_prompts(encoder: AudioEncoder, decoder: FastDecoder, requests: Sequence[ClipRequest]) -> Tensor:
-    """(sum of the prompts' lengths, hidden) fp32, prompt after prompt. Nothing waits for the device."""
+def embed_prompts(
+    encoder: AudioEncoder, encode: Encode, decoder: FastDecoder, requests: Sequence[ClipRequest]
+) -> Tensor:
+    """(sum of the prompts' lengths, hidden) fp32, prompt after prompt. Nothing waits for the device.
+
+    `encode` is `encoder.encode` or what takes its place.
+    """
     device = encoder.linear_2.weight.device
     mel = packed_log_mel([request.samples for request in requests], encoder.config.mel_bins, device)
     frames = [frame_count(len(request.samples)) for request in requests]
-    audio = encoder.encode(mel, frames)
+    audio = encode(mel, frames)
     ids, places = _lay_out(requests, [encoder.config.token_count(count) for count in frames])
     x = decoder.embed(to_device(ids, device))
     return x.index_copy_(0, to_device(places, device), audio.to(x.dtype))

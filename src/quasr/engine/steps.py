@@ -22,7 +22,7 @@ class Steps:
         self._decoder = decoder
         self._use_graphs = graphs
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        self._memory: tuple[int, int] | None = None
+        self._memory: torch.cuda._POOL_HANDLE | None = None
 
     def rows_for(self, busy: int) -> int:
         """How many rows the state must show where `busy` of them have clips."""

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from quasr.model.transfer import to_device
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from quasr.model.config import AudioConfig
 
@@ -67,21 +67,23 @@ class WindowPlan:
     rows: int
     row_chunks: int
 
-    def mask(self) -> Tensor | None:
-        """(rows, 1, places, places) bool: a token sees its own window. Places without token see each other."""
-        if self.owners is None:
-            return None
-        return self.owners[:, None, :, None] == self.owners[:, None, None, :]
+
+def window_mask(owners: Tensor | None) -> Tensor | None:
+    """`WindowPlan.owners` -> (rows, 1, places, places) bool: a token sees its own window; None for None.
+
+    Places without token see each other.
+    """
+    return None if owners is None else owners[:, None, :, None] == owners[:, None, None, :]
 
 
-def plan_windows(config: AudioConfig, frames: Sequence[int], device: torch.device) -> WindowPlan:
-    """Lays the windows of all clips into rows, first fit; rows are as wide as the widest window.
+def plan_windows(config: AudioConfig, frames: Sequence[int], device: torch.device, chunks_a_row: int = 1) -> WindowPlan:
+    """Lays the windows of all clips into rows, first fit; rows are as wide as the widest window, or wider if asked for.
 
     It is made on the host, so that nothing waits for the device.
     """
     windows = [window for count in frames for window in _windows(config, count)]
     chunks = [math.ceil(tokens / config.chunk_tokens) for tokens in windows]
-    wide = max(chunks)
+    wide = max(chunks_a_row, *chunks)
     begins, rows = _first_fit(chunks, wide)
     owners = np.full(rows * wide * config.chunk_tokens, -1)
     for window, (begin, tokens) in enumerate(zip(begins, windows, strict=True)):
@@ -196,14 +198,26 @@ class AudioEncoder(nn.Module):
         Clip i owns `config.token_count(frames[i])` rows, which do not depend on the other clips.
         """
         plan = plan_windows(self.config, frames, mel.device)
-        tokens = torch.cat([self.stem(part) for part in self._chunks(mel, frames).split(STEM_SLICE)])
+        return self.run(mel, frames, plan, self.stem, self.transform)
+
+    def run(
+        self,
+        mel: Tensor,
+        frames: Sequence[int],
+        plan: WindowPlan,
+        stem: Callable[[Tensor], Tensor],
+        transform: Callable[[Tensor, Tensor | None], Tensor],
+    ) -> Tensor:
+        """`encode`, with `stem` and `transform` or what takes their places."""
+        tokens = torch.cat([stem(part) for part in self._chunks(mel, frames).split(STEM_SLICE)])
         x = tokens.new_zeros(plan.rows * plan.row_chunks, *tokens.shape[1:])
         x = x.index_copy_(0, plan.slots, tokens).view(plan.rows, -1, self.config.width)
         del tokens
-        return self.project(self.transform(x, plan.mask()).flatten(0, 1)[plan.tokens])
+        return self.project(transform(x, plan.owners).flatten(0, 1)[plan.tokens])
 
-    def transform(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """The transformer layers on (rows, places, width), `mask` as `WindowPlan.mask`; no final norm."""
+    def transform(self, x: Tensor, owners: Tensor | None) -> Tensor:
+        """The transformer layers on (rows, places, width), `owners` as `WindowPlan.owners`; no final norm."""
+        mask = window_mask(owners)
         x = x.to(residual_dtype(x.dtype))
         for layer in self.layers:
             x = layer(x, mask)

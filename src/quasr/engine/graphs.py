@@ -1,0 +1,132 @@
+"""CUDA graphs of functions of tensors: hundreds of small kernels are launched as one.
+
+A graph has fixed shapes, so inputs are padded to some few sizes. The first time that a size comes it runs plainly,
+which compiles its kernels; the second time it is captured.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from functools import partial
+from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from quasr.kernels.state import Places
+from quasr.model.encoder import STEM_SLICE, plan_windows
+from quasr.model.transfer import to_device
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor
+
+    from quasr.engine.fast import FastDecoder
+    from quasr.kernels.state import CachePool
+    from quasr.model.encoder import AudioEncoder
+
+Launch: TypeAlias = "Callable[[Callable[..., Tensor]], Callable[..., Tensor]]"
+"""What repeats a function: `Graphs`, or nothing but the function in tests."""
+
+WINDOW_ROWS = (1, 2, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 64, 80)
+"""Rows of windows that the encoder is captured for; more run plainly, where launches are the smaller part."""
+
+PROMPT_TOKENS = (128, 256, 384, 512, 640, 768, 896, 1024)
+"""Tokens of prompts that prefill is captured for. Beyond, each token reading the cache for itself is too much work."""
+
+
+class Graphs:
+    """`function` from CUDA graphs, one for each shape of its inputs. They share one pool of memory.
+
+    A result is valid until the next call.
+    """
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        self._function = function
+        self._seen: set[tuple[torch.Size, ...]] = set()
+        self._captured: dict[tuple[torch.Size, ...], tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...], Tensor]] = {}
+        self._memory: torch.cuda._POOL_HANDLE | None = None
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        shapes = tuple(one.shape for one in inputs)
+        if shapes not in self._captured:
+            if shapes not in self._seen:
+                self._seen.add(shapes)
+                return self._function(*inputs)
+            self._captured[shapes] = self._capture(inputs)
+        graph, static, output = self._captured[shapes]
+        for own, given in zip(static, inputs, strict=True):
+            own.copy_(given)
+        graph.replay()
+        return output
+
+    def _capture(self, inputs: Sequence[Tensor]) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...], Tensor]:
+        static = tuple(torch.empty_like(one) for one in inputs)
+        if self._memory is None:
+            self._memory = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._memory):
+            output = self._function(*static)
+        return graph, static, output
+
+
+class GraphedEncoder:
+    """`AudioEncoder.encode` with stem and layers padded to sizes that `launch` can repeat."""
+
+    def __init__(self, encoder: AudioEncoder, launch: Launch = Graphs) -> None:
+        self._encoder = encoder
+        self._stem = launch(encoder.stem)
+        self._transform = launch(encoder.transform)
+
+    def encode(self, mel: Tensor, frames: Sequence[int]) -> Tensor:
+        """As `AudioEncoder.encode`."""
+        config = self._encoder.config
+        plan = plan_windows(config, frames, mel.device, config.window_chunks)
+        return self._encoder.run(mel, frames, plan, self._stem_slice, self._layers)
+
+    def _stem_slice(self, chunks: Tensor) -> Tensor:
+        count = len(chunks)
+        return self._stem(F.pad(chunks, (0, 0, 0, 0, 0, STEM_SLICE - count)))[:count].clone()
+
+    def _layers(self, x: Tensor, owners: Tensor | None) -> Tensor:
+        rows = len(x)
+        if rows > WINDOW_ROWS[-1]:
+            return self._encoder.transform(x, owners)
+        if owners is None:
+            owners = torch.zeros(x.shape[:2], dtype=torch.int64, device=x.device)
+        missing = WINDOW_ROWS[bisect_left(WINDOW_ROWS, rows)] - rows
+        return self._transform(F.pad(x, (0, 0, 0, 0, 0, missing)), F.pad(owners, (0, 0, 0, missing)))[:rows]
+
+
+class GraphedPrefill:
+    """`FastDecoder.prefill` of few tokens, padded to sizes that `launch` can repeat; more tokens run plainly."""
+
+    def __init__(self, decoder: FastDecoder, launch: Launch = Graphs) -> None:
+        self._decoder = decoder
+        self._launch = launch
+        self._cache: CachePool | None = None
+        self._run: Callable[..., Tensor] | None = None
+
+    def forget(self) -> None:
+        """Drops the graphs, because the cache that they fill is to be replaced."""
+        self._cache = self._run = None
+
+    def prefill(self, embeddings: Tensor, lengths: Sequence[int], offsets: Sequence[int], cache: CachePool) -> Tensor:
+        """As `FastDecoder.prefill`."""
+        count = len(embeddings)
+        if count > PROMPT_TOKENS[-1]:
+            return self._decoder.prefill(embeddings, lengths, offsets, cache)
+        if self._run is None or self._cache is not cache:
+            self._cache, self._run = cache, self._launch(partial(self._fill, cache))
+        missing = PROMPT_TOKENS[bisect_left(PROMPT_TOKENS, count)] - count
+        positions = np.concatenate([np.arange(length) for length in (*lengths, missing)])
+        begins = np.repeat([*offsets, 0], [*lengths, missing])
+        idle = np.arange(count + missing) >= count
+        places = (to_device(one, embeddings.device) for one in (begins, positions, idle))
+        x = self._run(F.pad(embeddings, (0, 0, 0, missing)), *places)
+        return x[to_device(np.cumsum(lengths) - 1, embeddings.device)]
+
+    def _fill(self, cache: CachePool, x: Tensor, begins: Tensor, positions: Tensor, idle: Tensor) -> Tensor:
+        return self._decoder.prefill_tokens(x, Places(begins, positions, idle), cache)
