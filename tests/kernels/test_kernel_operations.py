@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from fast_samples import DEVICE
 
 from quasr.errors import OptionError
-from quasr.kernels import dispatch, reference
+from quasr.kernels import dispatch, reference, triton_product
 from quasr.kernels.matrix import Heads, Matrix, Norm
 from quasr.kernels.state import DecodeState, Places
 from quasr.quant.linear import pack, quantise_int4, quantise_int8
@@ -124,6 +125,20 @@ def test_products(scheme: str, m: int) -> None:
 @pytest.mark.parametrize("scheme", ["none", "int8", "int8-16", "int4-16"])
 def test_products_of_awkward_shapes(scheme: str, dtype: torch.dtype, m: int, shape: tuple[int, int]) -> None:
     products(scheme, dtype, m, shape)
+
+
+@pytest.mark.parametrize(("scheme", "parts"), [("int8", 2), ("int4-64", 3), ("int8-96", 2), ("none", 4)])
+def test_products_in_parts(scheme: str, parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 3 steps: parts of unequal lengths, and with 4 parts one that has no columns."""
+    plan = triton_product.plan
+
+    def in_parts(weights: Matrix, m: int, *, gate: bool, head: bool = False) -> triton_product.ProductPlan:
+        chosen = plan(weights, m, gate=gate, head=head)
+        return replace(chosen, columns=64, rows=32, splits=1 if head else parts)
+
+    monkeypatch.setattr(triton_product, "plan", in_parts)
+    for _ in range(2):
+        products(scheme, torch.float16, 5, (34, 192))
 
 
 @pytest.mark.parametrize("scheme", ["none", "int8-16", "int4-64"])

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from quasr.kernels import reference, triton_matvec, triton_product
-from quasr.kernels.triton_launch import block, launch_options, pdl_works
+from quasr.kernels.triton_launch import INTERPRETED, block, launch_options, pdl_works
 from quasr.kernels.triton_matvec import ADD, GATE, HEAD, PLAIN
 from quasr.kernels.triton_rows import rms_norm, settle, silu_gate
 
@@ -19,13 +19,18 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from quasr.kernels.matrix import Matrix, Norm
+    from quasr.kernels.triton_product import ProductPlan
 
 TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 MATVEC_ROWS = 4
-"""Most rows that `triton_matvec` takes."""
+"""Most rows that `triton_matvec` takes, and only one where the tensor cores take the others."""
 PRODUCT_ROWS = 256
 """Most rows for which codes are turned into numbers in the tile; above, once, for a product of torch."""
+FLOAT_ROWS = 64
+"""The same for weights in 16 bits, which need no turning."""
+REQUESTS = 4
+"""Requests in advance for a row of weights."""
 FIRST_CAPABILITY = (8, 0)
 """CUDA compute capability of Ampere."""
 
@@ -68,8 +73,10 @@ def route(matrix: Matrix, m: int) -> str:
     """`matvec`, `product` or `torch`: which kernel multiplies m rows by this matrix."""
     if _by_matvec(matrix, m):
         return "matvec"
-    by_torch = m > PRODUCT_ROWS or (m > MATVEC_ROWS and (matrix.bits == 16 or not _tensor_cores(matrix.weight.device)))
-    return "torch" if by_torch else "product"
+    if m <= MATVEC_ROWS:
+        return "product"
+    most = PRODUCT_ROWS if matrix.bits < 16 else FLOAT_ROWS * (matrix.dtype != torch.float32)
+    return "product" if m <= most and _tensor_cores(matrix.weight.device) else "torch"
 
 
 @cache
@@ -79,7 +86,8 @@ def _tensor_cores(device: torch.device) -> bool:
 
 
 def _by_matvec(matrix: Matrix, m: int) -> bool:
-    return m <= MATVEC_ROWS and triton_matvec.fits(matrix)
+    alone = matrix.dtype != torch.float32 and _tensor_cores(matrix.weight.device)
+    return m <= (1 if alone else MATVEC_ROWS) and triton_matvec.fits(matrix)
 
 
 def dequantise(matrix: Matrix) -> Tensor:
@@ -107,7 +115,7 @@ def _rows_a_program(matrix: Matrix, m: int) -> int:
     """Rows of the head that share a maximum."""
     if _by_matvec(matrix, m):
         return triton_matvec.plan(matrix, HEAD).block_rows
-    return triton_product.plan(matrix, m, gate=False).rows
+    return triton_product.plan(matrix, m, gate=False, head=True).rows
 
 
 def _launch(x: Tensor, matrix: Matrix, norm: Norm | None, out: tuple[Tensor, ...], mode: int) -> None:
@@ -143,15 +151,49 @@ def _launch_matvec(x: Tensor, matrix: Matrix, norm: Norm | None, out: tuple[Tens
 
 
 def _launch_product(x: Tensor, matrix: Matrix, out: tuple[Tensor, ...], mode: int) -> None:
-    chosen = triton_product.plan(matrix, len(x), gate=mode == GATE)
-    n = _outputs(matrix, mode)
+    chosen = triton_product.plan(matrix, len(x), gate=mode == GATE, head=mode == HEAD)
+    per = 2 if matrix.bits == 4 else 1
+    n, units, step = _outputs(matrix, mode), matrix.columns // per, chosen.columns // per
     group = _group(matrix)
     pdl = pdl_works(x.device)
-    triton_product.product[triton.cdiv(n, chosen.rows), triton.cdiv(len(x), chosen.lines)](
-        x, matrix.weight, matrix.weight if matrix.scale is None else matrix.scale,
-        out[0], out[-2 if len(out) > 1 else 0], out[-1], len(x), n, matrix.columns,
-        BITS=matrix.bits, GROUP=group, SCALED=matrix.scale is not None and group == 0, MODE=mode,
-        SWAP=chosen.lines <= 32, BM=chosen.lines, BN=chosen.rows, BK=chosen.columns, TYPE=TYPES[matrix.dtype],
-        PRECISION="ieee" if matrix.dtype == torch.float32 else "tf32", PDL=pdl,
+    tiles = triton.cdiv(matrix.rows, chosen.rows), triton.cdiv(len(x), chosen.lines)
+    steps = triton.cdiv(triton.cdiv(units, step), chosen.splits)
+    parts = torch.empty(
+        tiles[0] * tiles[1] * chosen.splits * chosen.lines * chosen.rows if chosen.splits > 1 else 1,
+        dtype=torch.float32, device=x.device,
+    )  # fmt: skip
+    triton_product.product[*tiles, chosen.splits](
+        _in_pairs(x.to(matrix.dtype)) if per == 2 else x.to(matrix.dtype),
+        matrix.weight, matrix.weight if matrix.scale is None else matrix.scale,
+        out[0], out[-2 if len(out) > 1 else 0], out[-1], parts, _counters(block(tiles[0] * tiles[1], 64), x.device),
+        len(x), n, units, steps,
+        BITS=matrix.bits, GROUP=group // per, SCALED=matrix.scale is not None and group == 0, MODE=mode,
+        SPLITS=chosen.splits, BM=chosen.lines, BN=chosen.rows, BK=step, TYPE=TYPES[matrix.dtype],
+        PRECISION="ieee" if matrix.dtype == torch.float32 else "tf32", EVEN=units % step == 0,
+        PACKED=_packed(matrix), PIECES=_pieces(matrix, chosen) if pdl else 0, PDL=pdl,
         **launch_options(chosen.warps, pdl, chosen.stages),
     )  # fmt: skip
+
+
+def _in_pairs(x: Tensor) -> Tensor:
+    """(m, k) as integers of twice the width, (m, k / 2)."""
+    return x.contiguous().view(torch.int64 if x.dtype == torch.float32 else torch.int32)
+
+
+def _packed(matrix: Matrix) -> bool:
+    """Whether codes are turned into numbers four at a time, by instructions that start with Ampere."""
+    on_gpu = not INTERPRETED and _tensor_cores(matrix.weight.device)
+    return on_gpu and matrix.bits < 16 and matrix.dtype != torch.float32
+
+
+def _pieces(matrix: Matrix, chosen: ProductPlan) -> int:
+    """Requests in which a program asks for a row of its part in advance, 16 bytes at least each; 0: it does not."""
+    width = matrix.weight.nbytes // matrix.rows
+    even = matrix.columns % (chosen.columns * chosen.splits) == 0 and width % (REQUESTS * chosen.splits * 16) == 0
+    return REQUESTS if chosen.ahead and even and matrix.dtype != torch.float32 else 0
+
+
+@cache
+def _counters(count: int, device: torch.device) -> Tensor:
+    """Zeros, which every launch leaves as zeros."""
+    return torch.zeros(count, dtype=torch.int32, device=device)

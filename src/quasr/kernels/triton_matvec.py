@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 import triton
 import triton.language as tl
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 PLAIN, ADD, GATE, HEAD = 0, 1, 2, 3
 """What happens to the sums: stored; added to the residual; silu(first half) * second half; reduced for the argmax."""
+DEEP = 4
+"""For plans: ADD, where W has more columns than rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,8 +188,13 @@ MOST_COLUMNS = {16: 1024, 8: 2048, 4: 2048}
 """Columns that a program takes at a time, by the bits of a weight: 16 bytes a thread, or 8 for 4 bits, of 128."""
 
 
-PROGRAM_BYTES = 16384
-"""Weights of a program of 4 warps: enough in flight, and small enough that several programs are resident."""
+CUTS = {
+    8: {PLAIN: (4, 2), ADD: (4, 2), GATE: (8, 4), HEAD: (16, 4), DEEP: (8, 4)},
+    4: {PLAIN: (8, 4), ADD: (8, 4), GATE: (4, 4), HEAD: (8, 4), DEEP: (8, 8)},
+    16: {PLAIN: (8, 2), ADD: (8, 2), GATE: (8, 2), HEAD: (8, 2), DEEP: (8, 2)},
+    32: {PLAIN: (2, 4), ADD: (2, 4), GATE: (1, 4), HEAD: (2, 4), DEEP: (1, 4)},
+}
+"""Outputs and warps of a program, by the bits of a weight; the fastest on an H200 but for 32, which only has to fit."""
 
 
 def fits(matrix: Matrix) -> bool:
@@ -210,6 +218,6 @@ def block_columns(matrix: Matrix) -> int:
 
 def plan(matrix: Matrix, mode: int) -> Plan:
     """How a product is cut into programs."""
-    rows = max(1, PROGRAM_BYTES // (matrix.weight.nbytes // matrix.rows))
-    rows = min(block(rows + 1) // 2, 16)
-    return Plan(max(rows // 2, 1) if mode == GATE else rows, block_columns(matrix), 4, True)
+    bits = 32 if matrix.weight.dtype == torch.float32 else matrix.bits
+    rows, warps = CUTS[bits][DEEP if mode == ADD and matrix.columns > matrix.rows else mode]
+    return Plan(rows, block_columns(matrix), warps, True)

@@ -1,126 +1,351 @@
-"""Products with many rows, on the tensor cores: codes are turned into 16-bit numbers in the tile."""
+"""Products of several rows on the tensor cores: codes are turned into 16-bit numbers in the tile.
+
+A program computes `rows` of W by `lines` of x, over all columns or over one of several parts of them. The last part of
+a tile to end adds the parts, always in the same order, so that a result never depends on timing. Columns are counted in
+units of storage: two of them are one where a byte holds two codes, and x is then read in pairs of numbers.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import torch
 import triton
 import triton.language as tl
 
-from quasr.kernels.triton_launch import gdc_launch, gdc_wait
+from quasr.kernels.triton_launch import block, gdc_launch, gdc_wait
 
 if TYPE_CHECKING:
     from quasr.kernels.matrix import Matrix
 
+BYTES_TO_BF16: tl.constexpr = tl.constexpr("""{
+    .reg .b32 ab, cd, x, y, minus;
+    mov.b32 minus, 0xbf80bf80;
+    prmt.b32 ab, $2, 0x43434343, 0x4140;
+    prmt.b32 cd, $2, 0x43434343, 0x4342;
+    and.b32 x, ab, 0xff7fff7f;
+    and.b32 y, ab, 0xff80ff80;
+    fma.rn.bf16x2 $0, y, minus, x;
+    and.b32 x, cd, 0xff7fff7f;
+    and.b32 y, cd, 0xff80ff80;
+    fma.rn.bf16x2 $1, y, minus, x;
+}""")
+"""int8 c: 0x43 before its low 7 bits is 128 + them; before its sign bit 128 or 256: the difference is c, exactly."""
+BYTES_TO_FP16: tl.constexpr = tl.constexpr("""{
+    .reg .b32 x, ab, cd, offset;
+    mov.b32 offset, 0x64806480;
+    xor.b32 x, $2, 0x80808080;
+    prmt.b32 ab, x, 0x64646464, 0x4140;
+    prmt.b32 cd, x, 0x64646464, 0x4342;
+    sub.rn.f16x2 $0, ab, offset;
+    sub.rn.f16x2 $1, cd, offset;
+}""")
+"""int8 c: 0x64 before c + 128 is 1024 + 128 + c."""
+NIBBLES_TO_BF16: tl.constexpr = tl.constexpr("""{
+    .reg .b32 low, high, x, one, offset;
+    mov.b32 one, 0x3f803f80;
+    mov.b32 offset, 0xc308c308;
+    and.b32 low, $4, 0x0f0f0f0f;
+    shr.b32 high, $4, 4;
+    and.b32 high, high, 0x0f0f0f0f;
+    prmt.b32 x, low, 0x43434343, 0x4140;
+    fma.rn.bf16x2 $0, x, one, offset;
+    prmt.b32 x, low, 0x43434343, 0x4342;
+    fma.rn.bf16x2 $1, x, one, offset;
+    prmt.b32 x, high, 0x43434343, 0x4140;
+    fma.rn.bf16x2 $2, x, one, offset;
+    prmt.b32 x, high, 0x43434343, 0x4342;
+    fma.rn.bf16x2 $3, x, one, offset;
+}""")
+"""Nibble c: 0x43 before it is 128 + c; codes are c - 8."""
+NIBBLES_TO_FP16: tl.constexpr = tl.constexpr("""{
+    .reg .b32 low, high, x, offset;
+    mov.b32 offset, 0x64086408;
+    and.b32 low, $4, 0x0f0f0f0f;
+    shr.b32 high, $4, 4;
+    and.b32 high, high, 0x0f0f0f0f;
+    prmt.b32 x, low, 0x64646464, 0x4140;
+    sub.rn.f16x2 $0, x, offset;
+    prmt.b32 x, low, 0x64646464, 0x4342;
+    sub.rn.f16x2 $1, x, offset;
+    prmt.b32 x, high, 0x64646464, 0x4140;
+    sub.rn.f16x2 $2, x, offset;
+    prmt.b32 x, high, 0x64646464, 0x4342;
+    sub.rn.f16x2 $3, x, offset;
+}""")
+"""Nibble c: 0x64 before it is 1024 + c; codes are c - 8."""
+
 
 @dataclass(frozen=True, slots=True)
 class ProductPlan:
-    """A tile: `lines` of x by `rows` of W, `columns` a step; warps and pipeline stages of a program."""
+    """A tile: `lines` of x by `rows` of W (gate and up counted apart), `columns` a step, in `splits` parts of them.
+
+    warps and pipeline stages of a program. ahead: whether it asks for its weights before the kernel before has ended.
+    """
 
     lines: int
     rows: int
     columns: int
+    splits: int
     warps: int
     stages: int
+    ahead: bool
 
 
 @triton.jit
-def weights(weight, scale, rows, k0, n, k, BITS: tl.constexpr, GROUP: tl.constexpr, BK: tl.constexpr,
-            TYPE: tl.constexpr):  # fmt: skip
-    """(rows, BK) of W at column k0 in TYPE; times its scales where they are grouped."""
-    PER: tl.constexpr = 2 if BITS == 4 else 1
-    columns = k0 // PER + tl.arange(0, BK // PER)
-    inside = (rows < n)[:, None] & (columns < k // PER)[None, :]
-    codes = tl.load(weight + rows.to(tl.int64)[:, None] * (k // PER) + columns[None, :], mask=inside, other=0)
+def from_bytes(codes, TYPE: tl.constexpr, PACKED: tl.constexpr):
+    """int8 -> TYPE. PACKED: four at a time; conversions of integers are slow."""
+    if not PACKED:
+        return codes.to(TYPE)
+    elif tl.bfloat16 == TYPE:
+        return tl.inline_asm_elementwise(BYTES_TO_BF16, "=r,=r,r", [codes], dtype=tl.bfloat16, is_pure=True, pack=4)
+    else:
+        return tl.inline_asm_elementwise(BYTES_TO_FP16, "=r,=r,r", [codes], dtype=tl.float16, is_pure=True, pack=4)
+
+
+@triton.jit
+def from_nibbles(codes, TYPE: tl.constexpr, PACKED: tl.constexpr):
+    """uint8 -> codes of the even and of the odd columns in TYPE."""
+    if not PACKED:
+        return ((codes & 15).to(tl.int8) - 8).to(TYPE), ((codes >> 4).to(tl.int8) - 8).to(TYPE)
+    elif tl.bfloat16 == TYPE:
+        return tl.inline_asm_elementwise(
+            NIBBLES_TO_BF16, "=r,=r,=r,=r,r", [codes], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            NIBBLES_TO_FP16, "=r,=r,=r,=r,r", [codes], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
+        )
+
+
+@triton.jit
+def halves(pairs, TYPE: tl.constexpr):
+    """Integers of twice the width -> the even and the odd columns in TYPE."""
+    WIDTH: tl.constexpr = TYPE.primitive_bitwidth
+    if WIDTH == 16:
+        return pairs.to(tl.int16).to(TYPE, bitcast=True), (pairs >> 16).to(tl.int16).to(TYPE, bitcast=True)
+    else:
+        return pairs.to(tl.int32).to(TYPE, bitcast=True), (pairs >> 32).to(tl.int32).to(TYPE, bitcast=True)
+
+
+@triton.jit
+def multiply(codes, x, factor, sums, BITS: tl.constexpr, EACH: tl.constexpr, TYPE: tl.constexpr, PACKED: tl.constexpr,
+             PRECISION: tl.constexpr):  # fmt: skip
+    """sums (rows, lines) + codes (rows, units) x (units, lines). EACH: codes are multiplied by their factors first."""
     if BITS == 4:
-        low, high = (codes & 15).to(tl.int8) - 8, (codes >> 4).to(tl.int8) - 8
-        found = tl.interleave(low, high).to(TYPE)
+        low, high = from_nibbles(codes, TYPE, PACKED)
+        even, odd = halves(x, TYPE)
+        if EACH:
+            low, high = low * factor, high * factor
+        sums = tl.dot(low, even, sums, input_precision=PRECISION)
+        return tl.dot(high, odd, sums, input_precision=PRECISION)
     else:
-        found = codes.to(TYPE)
-    if GROUP:
-        columns = k0 + tl.arange(0, BK)
-        places = rows.to(tl.int64)[:, None] * (k // GROUP) + (columns // GROUP)[None, :]
-        found *= tl.load(scale + places, mask=(rows < n)[:, None] & (columns < k)[None, :], other=0).to(TYPE)
-    return found
+        if BITS == 8:
+            found = from_bytes(codes, TYPE, PACKED)
+        else:
+            found = codes
+        if EACH:
+            found *= factor
+        return tl.dot(found, x, sums, input_precision=PRECISION)
 
 
 @triton.jit
-def multiply(x, w, sums, SWAP: tl.constexpr, PRECISION: tl.constexpr):
-    """sums + x W^T, (BM, BN); with SWAP sums + W x^T, (BN, BM)."""
-    if SWAP:
-        return tl.dot(w, tl.trans(x), sums, input_precision=PRECISION)
-    else:
-        return tl.dot(x, tl.trans(w), sums, input_precision=PRECISION)
+def ask(weight, rows, units, span, WIDTH: tl.constexpr, PIECES: tl.constexpr):
+    """Brings `span` units of each row into the L2 cache, without waiting: WIDTH bytes each, in PIECES requests."""
+    size = span // PIECES
+    places = units[:, None] + (tl.arange(0, PIECES) * size)[None, :]
+    address = (weight + (rows[:, None] + places)).to(tl.int64)
+    tl.inline_asm_elementwise(
+        "cp.async.bulk.prefetch.L2.global [$1], $2; // $0", "=r,l,r", [address, size * WIDTH],
+        dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit
-def product(
-    x, weight, scale, out, places, totals, m, n, k,
-    BITS: tl.constexpr, GROUP: tl.constexpr, SCALED: tl.constexpr, MODE: tl.constexpr, SWAP: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr,
-    PDL: tl.constexpr,
-):  # fmt: skip
-    """out (m, n) = x W^T, with the MODEs of `triton_matvec.matvec`. With GATE W has 2 n rows."""
-    rows = tl.program_id(0) * BN + tl.arange(0, BN)
-    lines = tl.program_id(1) * BM + tl.arange(0, BM)
-    if PDL:
-        gdc_wait()
-        gdc_launch()
-    shape: tl.constexpr = (BN, BM) if SWAP else (BM, BN)
-    sums = tl.zeros(shape, tl.float32)
-    if MODE == 2:
-        more = tl.zeros(shape, tl.float32)
-    for k0 in range(0, k, BK):
-        columns = k0 + tl.arange(0, BK)
-        inside = (lines < m)[:, None] & (columns < k)[None, :]
-        y = tl.load(x + lines.to(tl.int64)[:, None] * k + columns[None, :], mask=inside, other=0).to(TYPE)
-        sums = multiply(y, weights(weight, scale, rows, k0, n, k, BITS, GROUP, BK, TYPE), sums, SWAP, PRECISION)
-        if MODE == 2:
-            w = weights(weight, scale, tl.where(rows < n, rows + n, 2 * n), k0, 2 * n, k, BITS, GROUP, BK, TYPE)
-            more = multiply(y, w, more, SWAP, PRECISION)
-    if SWAP:
-        sums = tl.trans(sums)
+def reduce_head(logits, rows, lines, m, n, best, places, totals):
+    """Of each line of a tile (rows, lines): see `triton_matvec.reduce_head`."""
+    where = lines * tl.num_programs(0) + tl.program_id(0)
+    kept = tl.where((rows < n)[:, None], logits, float("-inf"))
+    largest = tl.max(kept, axis=0)
+    place = tl.min(tl.where(kept == largest[None, :], rows[:, None], n - 1), axis=0)
+    tl.store(best + where, largest, mask=lines < m)
+    tl.store(places + where, place, mask=lines < m)
+    tl.store(totals + where, tl.sum(tl.exp(kept - largest[None, :]), axis=0), mask=lines < m)
+
+
+@triton.jit
+def finish(sums, factor, lines, out, places, totals, m, n, MODE: tl.constexpr, SCALED: tl.constexpr,
+           BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+    """Stores a tile of results (rows, lines). With GATE its first half is the gate, and the second goes up."""
     if SCALED:
-        sums *= tl.load(scale + rows, mask=rows < n, other=0).to(tl.float32)[None, :]
-    inside = (lines < m)[:, None] & (rows < n)[None, :]
-    where = lines.to(tl.int64)[:, None] * n + rows[None, :]
+        sums *= factor[:, None]
+    OUTPUTS: tl.constexpr = BN // 2 if MODE == 2 else BN
+    rows = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     if MODE == 3:
-        target = lines * tl.num_programs(0) + tl.program_id(0)
-        kept = tl.where((rows < n)[None, :], sums, float("-inf"))
-        largest = tl.max(kept, axis=1)
-        place = tl.min(tl.where(kept == largest[:, None], rows[None, :], n - 1), axis=1)
-        tl.store(out + target, largest, mask=lines < m)
-        tl.store(places + target, place, mask=lines < m)
-        tl.store(totals + target, tl.sum(tl.exp(kept - largest[:, None]), axis=1), mask=lines < m)
+        reduce_head(sums, rows, lines, m, n, out, places, totals)
     else:
+        inside = (rows < n)[:, None] & (lines < m)[None, :]
+        where = lines.to(tl.int64)[None, :] * n + rows[:, None]
         if MODE == 2:
-            if SWAP:
-                more = tl.trans(more)
-            if SCALED:
-                more *= tl.load(scale + n + rows, mask=rows < n, other=0).to(tl.float32)[None, :]
-            sums = sums * tl.sigmoid(sums) * more
+            gate, up = tl.split(tl.permute(tl.reshape(sums, (2, OUTPUTS, BM)), (1, 2, 0)))
+            sums = gate * tl.sigmoid(gate) * up
         if MODE == 1:
             sums += tl.load(out + where, mask=inside, other=0)
         tl.store(out + where, sums.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
+def rows_of(n, BN: tl.constexpr, MODE: tl.constexpr):
+    """Rows of W of a program, (BN,): with GATE one half of each half of W. Those beyond n are the last one again."""
+    if MODE == 2:
+        pair = tl.arange(0, BN)
+        HALF: tl.constexpr = BN // 2
+        return tl.minimum(tl.program_id(0) * HALF + pair % HALF, n - 1) + (pair // HALF) * n
+    else:
+        return tl.minimum(tl.program_id(0) * BN + tl.arange(0, BN), n - 1)
+
+
+@triton.jit
+def read(weight, x, starts, own, units, k, EVEN: tl.constexpr):
+    """Codes (rows, units) and x (units, lines)."""
+    if EVEN:
+        return tl.load(weight + starts[:, None] + units[None, :]), tl.load(x + own[None, :] + units[:, None])
+    else:
+        codes = tl.load(weight + starts[:, None] + units[None, :], mask=(units < k)[None, :], other=0)
+        return codes, tl.load(x + own[None, :] + units[:, None], mask=(units < k)[:, None], other=0)
+
+
+@triton.jit
+def sum_parts(first, spot, SIZE: tl.constexpr, SPLITS: tl.constexpr):
+    """All parts of a tile, added in the order of their columns."""
+    sums = tl.load(first + spot, cache_modifier=".cg")
+    for split in tl.static_range(1, SPLITS):
+        sums += tl.load(first + split * SIZE + spot, cache_modifier=".cg")
+    return sums
+
+
+@triton.jit
+def part(
+    x, weight, scale, starts, groups, own, begin, end, k, shared,
+    BITS: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    TYPE: tl.constexpr, PRECISION: tl.constexpr, EVEN: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """Sums over the units begin to end, (BN, BM). groups: where each row's scales begin; shared: the first ones."""
+    sums = tl.zeros((BN, BM), tl.float32)
+    for at in range(begin, end, BK):
+        units = at + tl.arange(0, BK)
+        codes, y = read(weight, x, starts, own, units, k, EVEN)
+        if GROUP == 0:
+            sums = multiply(codes, y, 1.0, sums, BITS, False, TYPE, PACKED, PRECISION)
+        elif GROUP % BK == 0:
+            # The scales of the next step: their loads are too narrow to be put into a pipeline.
+            ahead = tl.load(scale + groups + tl.minimum(at + BK, k - 1) // GROUP)
+            zeros = tl.zeros((BN, BM), tl.float32)
+            found = multiply(codes, y, 1.0, zeros, BITS, False, TYPE, PACKED, PRECISION)
+            sums += found * shared.to(tl.float32)[:, None]
+            shared = ahead
+        else:
+            where = groups[:, None] + (units // GROUP)[None, :]
+            each = tl.load(scale + where, mask=(units < k)[None, :], other=0).to(TYPE)
+            sums = multiply(codes, y, each, sums, BITS, True, TYPE, PACKED, PRECISION)
+    return sums
+
+
+@triton.jit
+def product(
+    x, weight, scale, out, places, totals, parts, counters, m, n, k, steps,
+    BITS: tl.constexpr, GROUP: tl.constexpr, SCALED: tl.constexpr, MODE: tl.constexpr, SPLITS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr,
+    EVEN: tl.constexpr, PACKED: tl.constexpr, PIECES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """out (m, n) = x W^T, with the MODEs of `triton_matvec.matvec`. With GATE W has 2 n rows.
+
+    k, BK and GROUP count units; steps: of BK, a part. parts: (tiles, SPLITS, BM, BN) fp32; counters: a zero for a tile.
+    """
+    rows, split = rows_of(n, BN, MODE), tl.program_id(2)
+    begin = split * steps * BK
+    starts = rows.to(tl.int64) * k
+    if PDL:
+        gdc_launch()
+    if PIECES:
+        ask(weight, starts, begin + tl.zeros((BN,), tl.int32), steps * BK, 2 if BITS == 16 else 1, PIECES)
+    factor, groups, shared = rows, rows.to(tl.int64), rows
+    if SCALED:
+        factor = tl.load(scale + rows).to(tl.float32)
+    if GROUP:
+        groups *= k // GROUP
+        shared = tl.load(scale + groups + tl.minimum(begin, k - 1) // GROUP)
+    if PDL:
+        gdc_wait()
+    lines = tl.program_id(1) * BM + tl.arange(0, BM)
+    own = tl.minimum(lines, m - 1).to(tl.int64) * k
+    sums = part(x, weight, scale, starts, groups, own, begin, tl.minimum(begin + steps * BK, k), k, shared,
+                BITS, GROUP, BM, BN, BK, TYPE, PRECISION, EVEN, PACKED)  # fmt: skip
+    if SPLITS == 1:
+        finish(sums, factor, lines, out, places, totals, m, n, MODE, SCALED, BM, BN)
+    else:
+        tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+        spot = tl.arange(0, BM)[None, :] * BN + tl.arange(0, BN)[:, None]
+        first = parts + tile.to(tl.int64) * (SPLITS * BM * BN)
+        tl.store(first + split * (BM * BN) + spot, sums)
+        tl.debug_barrier()
+        if tl.atomic_add(counters + tile, 1) == SPLITS - 1:
+            sums = sum_parts(first, spot, BM * BN, SPLITS)
+            finish(sums, factor, lines, out, places, totals, m, n, MODE, SCALED, BM, BN)
+            tl.store(counters + tile, 0)
+
+
+@triton.jit
 def dequantisation(weight, scale, out, n, k, BITS: tl.constexpr, GROUP: tl.constexpr, BN: tl.constexpr,
                    BK: tl.constexpr, TYPE: tl.constexpr):  # fmt: skip
     """out (n, k) = code * scale."""
-    rows = tl.program_id(0) * BN + tl.arange(0, BN)
-    k0 = tl.program_id(1) * BK
-    found = weights(weight, scale, rows, k0, n, k, BITS, GROUP, BK, TYPE)
-    columns = k0 + tl.arange(0, BK)
-    inside = (rows < n)[:, None] & (columns < k)[None, :]
-    tl.store(out + rows.to(tl.int64)[:, None] * k + columns[None, :], found, mask=inside)
+    PER: tl.constexpr = 2 if BITS == 4 else 1
+    rows = (tl.program_id(0) * BN + tl.arange(0, BN)).to(tl.int64)[:, None]
+    stored = (tl.program_id(1) * (BK // PER) + tl.arange(0, BK // PER))[None, :]
+    codes = tl.load(weight + rows * (k // PER) + stored, mask=(rows < n) & (stored < k // PER), other=0)
+    if BITS == 4:
+        low, high = from_nibbles(codes, TYPE, False)
+        found = tl.interleave(low, high)
+    else:
+        found = codes.to(TYPE)
+    columns = (tl.program_id(1) * BK + tl.arange(0, BK))[None, :]
+    inside = (rows < n) & (columns < k)
+    found *= tl.load(scale + rows * (k // GROUP) + columns // GROUP, mask=inside, other=0).to(TYPE)
+    tl.store(out + rows * k + columns, found, mask=inside)
 
 
-def plan(matrix: Matrix, m: int, *, gate: bool) -> ProductPlan:
-    """Narrow tiles where few rows of W would leave multiprocessors idle."""
-    if m <= 32:
-        rows = 16 if matrix.rows <= 8192 else 64
-        return ProductPlan(16 if m <= 16 else 32, rows, 128, 4, 4)
-    lines = 64 if m <= 64 else 128
-    return ProductPlan(lines, 64 if gate or matrix.rows <= 8192 else 128, 64, 4 if lines == 64 else 8, 3)
+PROGRAMS = 264
+"""Two for each of the 132 multiprocessors of an H200."""
+LEAST_PART = 512
+"""Fewest columns of a part: below, putting parts together costs more than it gains."""
+LEAST_STEP = 32
+"""Fewest columns of a step: both halves of 4-bit codes then are a product of 16, the tensor cores' least."""
+WIDEST_FP32 = 64
+"""Most columns of a step in fp32, which the tensor cores do not take: operands are in registers."""
+
+TILES = {
+    8: ProductPlan(lines=8, rows=32, columns=256, splits=4, warps=2, stages=4, ahead=True),
+    16: ProductPlan(lines=16, rows=32, columns=256, splits=4, warps=2, stages=4, ahead=True),
+    32: ProductPlan(lines=32, rows=64, columns=128, splits=8, warps=4, stages=4, ahead=True),
+    64: ProductPlan(lines=64, rows=64, columns=128, splits=8, warps=4, stages=4, ahead=True),
+    256: ProductPlan(lines=128, rows=128, columns=64, splits=4, warps=8, stages=3, ahead=False),
+}
+"""By the most rows of x. `splits` is the most of them; `columns` is for codes, and halved for weights in 16 bits."""
+
+
+def plan(matrix: Matrix, m: int, *, gate: bool, head: bool = False) -> ProductPlan:
+    """The tile for m, in as many parts as fill the multiprocessors; the head, which is reduced, in one."""
+    tile = next((tile for most, tile in TILES.items() if m <= most), TILES[256])
+    rows = max(tile.rows, 64) if gate or head else tile.rows
+    tiles = triton.cdiv(matrix.rows, rows) * triton.cdiv(m, tile.lines)
+    most = 1 if head else min(tile.splits, PROGRAMS // tiles, matrix.columns // LEAST_PART)
+    return replace(tile, rows=rows, columns=_step(matrix, tile.columns), splits=block(most + 1) // 2 if most else 1)
+
+
+def _step(matrix: Matrix, most: int) -> int:
+    """Columns of a step: no more than share a scale, where the tensor cores take so few."""
+    least = LEAST_STEP if matrix.bits == 4 else LEAST_STEP // 2
+    shared = matrix.group & -matrix.group
+    most = min(most, WIDEST_FP32) if matrix.dtype == torch.float32 else most // (2 if matrix.bits == 16 else 1)
+    return most if matrix.group == matrix.columns or shared < least else min(most, shared)
