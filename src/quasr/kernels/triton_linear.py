@@ -29,6 +29,8 @@ PRODUCT_ROWS = 256
 """Most rows for which codes are turned into numbers in the tile; above, once, for a product of torch."""
 FLOAT_ROWS = 64
 """The same for weights in 16 bits, which need no turning."""
+COUNTERS = 1024
+"""Far more than `triton_product.PROGRAMS`, which bounds the tiles that are cut into parts."""
 REQUESTS = 4
 """Requests in advance for a row of weights."""
 FIRST_CAPABILITY = (8, 0)
@@ -165,7 +167,7 @@ def _launch_product(x: Tensor, matrix: Matrix, out: tuple[Tensor, ...], mode: in
     triton_product.product[*tiles, chosen.splits](
         _in_pairs(x.to(matrix.dtype)) if per == 2 else x.to(matrix.dtype),
         matrix.weight, matrix.weight if matrix.scale is None else matrix.scale,
-        out[0], out[-2 if len(out) > 1 else 0], out[-1], parts, _counters(block(tiles[0] * tiles[1], 64), x.device),
+        out[0], out[-2 if len(out) > 1 else 0], out[-1], parts, _counters(x.device),
         len(x), n, units, steps,
         BITS=matrix.bits, GROUP=group // per, SCALED=matrix.scale is not None and group == 0, MODE=mode,
         SPLITS=chosen.splits, BM=chosen.lines, BN=chosen.rows, BK=step, TYPE=TYPES[matrix.dtype],
@@ -194,6 +196,6 @@ def _pieces(matrix: Matrix, chosen: ProductPlan) -> int:
 
 
 @cache
-def _counters(count: int, device: torch.device) -> Tensor:
-    """Zeros, which every launch leaves as zeros."""
-    return torch.zeros(count, dtype=torch.int32, device=device)
+def _counters(device: torch.device) -> Tensor:
+    """Zeros, which every launch leaves as zeros: one for each tile that is cut into parts."""
+    return torch.zeros(COUNTERS, dtype=torch.int32, device=device)
