@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from quasr.engine import onnx_session
-from quasr.engine.cores import physical_cores
-from quasr.engine.onnx_session import choose_runtime, open_session
+from quasr.engine.cores import has_vnni, physical_cores
+from quasr.engine.onnx_session import Runtime, choose_runtime, open_session
 from quasr.engine.token_table import TokenTable
 from quasr.errors import MissingDependencyError, OptionError, ResourceError
 from quasr.export.manifest import EmbeddingTable
@@ -79,6 +79,28 @@ def test_two_threads_of_a_core_count_once(monkeypatch: pytest.MonkeyPatch, tmp_p
         (folder / "core_id").write_text(f"{core}\n")
     assert physical_cores(tmp_path) == 3
     assert physical_cores(tmp_path / "nothing") == 5
+
+
+@pytest.mark.parametrize(
+    ("flags", "there"), [("avx2 avx512_vnni", True), ("sse avx_vnni", True), ("avx2 avx512f", False)]
+)
+def test_processors_with_products_of_uint8_and_int8(flags: str, there: bool, tmp_path: Path) -> None:
+    features = tmp_path / "cpuinfo"
+    features.write_text(f"processor : 0\nflags\t\t: fpu {flags} sse4_2\nprocessor : 1\n")
+    assert has_vnni(features) is there
+    assert not has_vnni(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_exact_products_where_fast_ones_saturate(there: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    entries: dict[str, str] = {}
+    options = SimpleNamespace(add_session_config_entry=entries.__setitem__)
+    session = SimpleNamespace(get_providers=lambda: ["CPUExecutionProvider"])
+    runtime = SimpleNamespace(SessionOptions=lambda: options, InferenceSession=lambda *_, **__: session)
+    monkeypatch.setattr(onnx_session, "_onnxruntime", lambda: runtime)
+    monkeypatch.setattr(onnx_session, "has_vnni", lambda: there)
+    open_session(tmp_path / "x.onnx", Runtime("cpu", 1))
+    assert ("session.x64quantprecision" in entries) is not there
 
 
 def test_rows_of_the_token_table(tmp_path: Path) -> None:

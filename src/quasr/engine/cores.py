@@ -1,4 +1,4 @@
-"""How many threads of arithmetic pay on this machine."""
+"""What of this machine's processor ONNX Runtime has to be told."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import os
 from pathlib import Path
 
 TOPOLOGY = Path("/sys/devices/system/cpu")
+FEATURES = Path("/proc/cpuinfo")
+
+VNNI = frozenset({"avx512_vnni", "avx_vnni"})
+"""Linux's names for instructions that sum products of uint8 and int8 in 32 bits."""
 
 
 def physical_cores(topology: Path = TOPOLOGY) -> int:
@@ -19,6 +23,16 @@ def physical_cores(topology: Path = TOPOLOGY) -> int:
         return len({_core(topology / f"cpu{index}" / "topology") for index in allowed})
     except (OSError, ValueError):
         return max(1, len(allowed))
+
+
+def has_vnni(features: Path = FEATURES) -> bool:
+    """Whether the processor is known to have VNNI. Where the system does not tell (`features` is Linux's), it is not."""
+    try:
+        lines = features.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return False
+    flags = next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), [])
+    return not VNNI.isdisjoint(flags)
 
 
 def _core(folder: Path) -> tuple[int, int]:

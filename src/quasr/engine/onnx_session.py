@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from quasr.engine.cores import physical_cores
+from quasr.engine.cores import has_vnni, physical_cores
 from quasr.errors import CheckpointError, MissingDependencyError, OptionError, ResourceError
 
 if TYPE_CHECKING:
@@ -81,8 +81,9 @@ def open_session(path: Path, runtime: Runtime) -> Any:
     options.log_severity_level = ONLY_ERRORS
     # Three graphs take turns: the threads of one that has just run would stand in the way of the next.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    # Without VNNI the fast products of uint8 and int8 saturate; ONNX Runtime then takes exact ones.
-    options.add_session_config_entry("session.x64quantprecision", "1")
+    if not has_vnni():
+        # There the fast products of uint8 and int8 saturate. The exact ones take 2.7 times as long where both are exact.
+        options.add_session_config_entry("session.x64quantprecision", "1")
     wanted = PROVIDERS[runtime.provider]
     try:
         session = module.InferenceSession(path, options, providers=list(dict.fromkeys((wanted, PROVIDERS["cpu"]))))
