@@ -37,19 +37,32 @@ class AttentionPlan:
 
 
 @triton.jit
-def turned(x, where, norm, rates, place, eps, inside, SIZE: tl.constexpr, DP: tl.constexpr):
-    """Heads of x at offsets `where` (heads,), normed and rotated to `place`: (heads, DP) fp32."""
+def turn(rates, place, SIZE: tl.constexpr, DP: tl.constexpr):
+    """Cosines and sines (DP,) of RoPE at `place`, a sine with the sign of its half."""
+    d = tl.arange(0, DP)
+    angle = place.to(tl.float32) * tl.load(rates + d % (SIZE // 2), mask=d < SIZE, other=0)
+    return tl.cos(angle), tl.where(d < SIZE // 2, -tl.sin(angle), tl.sin(angle))
+
+
+@triton.jit
+def halves(norm, SIZE: tl.constexpr, DP: tl.constexpr):
+    """A norm's weights (DP,), and those of the other half of the head."""
+    d = tl.arange(0, DP)
+    here = tl.load(norm + d, mask=d < SIZE, other=0).to(tl.float32)
+    return here, tl.load(norm + (d + SIZE // 2) % SIZE, mask=d < SIZE, other=0).to(tl.float32)
+
+
+@triton.jit
+def turned(x, where, here_norm, there_norm, cosine, sine, eps, inside, SIZE: tl.constexpr, DP: tl.constexpr):
+    """Heads of x at offsets `where` (heads,), normed and rotated: (heads, DP) fp32. See `halves` and `turn`."""
     d = tl.arange(0, DP)
     other = (d + SIZE // 2) % SIZE
     known = inside[:, None] & (d < SIZE)[None, :]
     here = tl.load(x + where[:, None] + d[None, :], mask=known, other=0).to(tl.float32)
     there = tl.load(x + where[:, None] + other[None, :], mask=known, other=0).to(tl.float32)
     rms = tl.rsqrt(tl.sum(here * here, axis=1) / SIZE + eps)
-    here *= tl.load(norm + d, mask=d < SIZE, other=0).to(tl.float32)[None, :]
-    there *= tl.load(norm + other, mask=d < SIZE, other=0).to(tl.float32)[None, :]
-    angle = place.to(tl.float32) * tl.load(rates + d % (SIZE // 2), mask=d < SIZE, other=0)
-    sine = tl.where(d < SIZE // 2, -tl.sin(angle), tl.sin(angle))
-    return (here * tl.cos(angle)[None, :] + there * sine[None, :]) * rms[:, None]
+    rotated = here * (here_norm * cosine)[None, :] + there * (there_norm * sine)[None, :]
+    return rotated * rms[:, None]
 
 
 @triton.jit
@@ -133,13 +146,17 @@ def attention(
     old = tl.minimum(end, last) if FUSED else end
     base = (kv.to(tl.int64) * positions + tl.load(offsets + row)) * SIZE
     k, v = block_of(keys, values, base, start, old, SIZE, DP, BLOCK)
+    if FUSED:
+        q_here, q_there = halves(q_norm, SIZE, DP)
+        k_here, k_there = halves(k_norm, SIZE, DP)
+        cosine, sine = turn(rates, last, SIZE, DP)
     if PDL and FUSED:
         gdc_wait()
         gdc_launch()
     g, d = tl.arange(0, LANES), tl.arange(0, DP)
     heads = row.to(tl.int64) * stride + (kv * GROUP + g) * SIZE
     if FUSED:
-        q = turned(x, heads, q_norm, rates, last, q_eps, g < GROUP, SIZE, DP)
+        q = turned(x, heads, q_here, q_there, cosine, sine, q_eps, g < GROUP, SIZE, DP)
     else:
         known = (g < GROUP)[:, None] & (d < SIZE)[None, :]
         q = tl.load(x + heads[:, None] + d[None, :], mask=known, other=0).to(tl.float32)
@@ -149,7 +166,8 @@ def attention(
     if FUSED:
         one = tl.zeros((1,), tl.int64)
         own = row.to(tl.int64) * stride + (HEADS + kv) * SIZE
-        new_k = turned(x, own + one, k_norm, rates, last, k_eps, one == 0, SIZE, DP).to(keys.dtype.element_ty)
+        new_k = turned(x, own + one, k_here, k_there, cosine, sine, k_eps, one == 0, SIZE, DP)
+        new_k = new_k.to(keys.dtype.element_ty)
         new_v = tl.load(x + own + KV * SIZE + d[None, :] + one[:, None], mask=(d < SIZE)[None, :], other=0)
         new_v = new_v.to(keys.dtype.element_ty)
         mine = (last >= start) & (last < end)
@@ -192,15 +210,18 @@ def rotation(
     busy = tl.load(idle + row) == 0
     one = tl.zeros((1,), tl.int64)
     start = (row.to(tl.int64) * (HEADS + 2 * KV) + head) * SIZE + one
+    cosine, sine = turn(rates, place, SIZE, DP)
     if head < HEADS:
-        y = turned(x, start, q_norm, rates, place, q_eps, one == 0, SIZE, DP)
+        q_here, q_there = halves(q_norm, SIZE, DP)
+        y = turned(x, start, q_here, q_there, cosine, sine, q_eps, one == 0, SIZE, DP)
         target = (row.to(tl.int64) * HEADS + head) * SIZE + d
         tl.store(out + target, y.to(out.dtype.element_ty), mask=d < SIZE)
     else:
         kv = (head - HEADS) % KV
         target = (kv.to(tl.int64) * positions + tl.load(offsets + row) + place) * SIZE + d
         if head < HEADS + KV:
-            y = turned(x, start, k_norm, rates, place, k_eps, one == 0, SIZE, DP)
+            k_here, k_there = halves(k_norm, SIZE, DP)
+            y = turned(x, start, k_here, k_there, cosine, sine, k_eps, one == 0, SIZE, DP)
             tl.store(keys + target, y.to(keys.dtype.element_ty), mask=(d < SIZE) & busy)
         else:
             v = tl.load(x + start[:, None] + d, mask=d < SIZE, other=0)
@@ -215,8 +236,8 @@ def _counters(count: int, device: torch.device) -> Tensor:
 
 def plan(rows: int, heads: Heads) -> AttentionPlan:
     """About two programs for each of the 132 multiprocessors of an H200, and no more parts than pay."""
-    splits = max(1, min(16, 256 // (rows * heads.kv_count)))
-    return AttentionPlan(block(splits + 1) // 2, 32 if splits > 4 else 64, 4)
+    splits = max(1, min(8, 256 // (rows * heads.kv_count)))
+    return AttentionPlan(block(splits + 1) // 2, 64, 4)
 
 
 def rotate_write(x: Tensor, keys: Tensor, values: Tensor, places: Places, heads: Heads) -> Tensor:

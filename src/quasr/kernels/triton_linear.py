@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from quasr.kernels.matrix import Matrix, Norm
-    from quasr.kernels.triton_product import ProductPlan
 
 TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
@@ -30,9 +29,7 @@ PRODUCT_ROWS = 256
 FLOAT_ROWS = 64
 """The same for weights in 16 bits, which need no turning."""
 COUNTERS = 1024
-"""Far more than `triton_product.PROGRAMS`, which bounds the tiles that are cut into parts."""
-REQUESTS = 4
-"""Requests in advance for a row of weights."""
+"""Far more than the programs that a plan aims at, which bound the tiles that are cut into parts."""
 FIRST_CAPABILITY = (8, 0)
 """CUDA compute capability of Ampere."""
 
@@ -172,7 +169,7 @@ def _launch_product(x: Tensor, matrix: Matrix, out: tuple[Tensor, ...], mode: in
         BITS=matrix.bits, GROUP=group // per, SCALED=matrix.scale is not None and group == 0, MODE=mode,
         SPLITS=chosen.splits, BM=chosen.lines, BN=chosen.rows, BK=step, TYPE=TYPES[matrix.dtype],
         PRECISION="ieee" if matrix.dtype == torch.float32 else "tf32", EVEN=units % step == 0,
-        PACKED=_packed(matrix), PIECES=_pieces(matrix, chosen) if pdl else 0, PDL=pdl,
+        PACKED=_packed(matrix), PDL=pdl,
         **launch_options(chosen.warps, pdl, chosen.stages),
     )  # fmt: skip
 
@@ -186,13 +183,6 @@ def _packed(matrix: Matrix) -> bool:
     """Whether codes are turned into numbers four at a time, by instructions that start with Ampere."""
     on_gpu = not INTERPRETED and _tensor_cores(matrix.weight.device)
     return on_gpu and matrix.bits < 16 and matrix.dtype != torch.float32
-
-
-def _pieces(matrix: Matrix, chosen: ProductPlan) -> int:
-    """Requests in which a program asks for a row of its part in advance, 16 bytes at least each; 0: it does not."""
-    width = matrix.weight.nbytes // matrix.rows
-    even = matrix.columns % (chosen.columns * chosen.splits) == 0 and width % (REQUESTS * chosen.splits * 16) == 0
-    return REQUESTS if chosen.ahead and even and matrix.dtype != torch.float32 else 0
 
 
 @cache

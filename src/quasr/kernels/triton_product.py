@@ -7,7 +7,7 @@ units of storage: two of them are one where a byte holds two codes, and x is the
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -81,7 +81,7 @@ NIBBLES_TO_FP16: tl.constexpr = tl.constexpr("""{
 class ProductPlan:
     """A tile: `lines` of x by `rows` of W (gate and up counted apart), `columns` a step, in `splits` parts of them.
 
-    warps and pipeline stages of a program. ahead: whether it asks for its weights before the kernel before has ended.
+    warps and pipeline stages of a program.
     """
 
     lines: int
@@ -90,7 +90,6 @@ class ProductPlan:
     splits: int
     warps: int
     stages: int
-    ahead: bool
 
 
 @triton.jit
@@ -148,18 +147,6 @@ def multiply(codes, x, factor, sums, BITS: tl.constexpr, EACH: tl.constexpr, TYP
         if EACH:
             found *= factor
         return tl.dot(found, x, sums, input_precision=PRECISION)
-
-
-@triton.jit
-def ask(weight, rows, units, span, WIDTH: tl.constexpr, PIECES: tl.constexpr):
-    """Brings `span` units of each row into the L2 cache, without waiting: WIDTH bytes each, in PIECES requests."""
-    size = span // PIECES
-    places = units[:, None] + (tl.arange(0, PIECES) * size)[None, :]
-    address = (weight + (rows[:, None] + places)).to(tl.int64)
-    tl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], $2; // $0", "=r,l,r", [address, size * WIDTH],
-        dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
 
 
 @triton.jit
@@ -257,7 +244,7 @@ def product(
     x, weight, scale, out, places, totals, parts, counters, m, n, k, steps,
     BITS: tl.constexpr, GROUP: tl.constexpr, SCALED: tl.constexpr, MODE: tl.constexpr, SPLITS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr,
-    EVEN: tl.constexpr, PACKED: tl.constexpr, PIECES: tl.constexpr, PDL: tl.constexpr,
+    EVEN: tl.constexpr, PACKED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out (m, n) = x W^T, with the MODEs of `triton_matvec.matvec`. With GATE W has 2 n rows.
 
@@ -268,8 +255,6 @@ def product(
     starts = rows.to(tl.int64) * k
     if PDL:
         gdc_launch()
-    if PIECES:
-        ask(weight, starts, begin + tl.zeros((BN,), tl.int32), steps * BK, 2 if BITS == 16 else 1, PIECES)
     factor, groups, shared = rows, rows.to(tl.int64), rows
     if SCALED:
         factor = tl.load(scale + rows).to(tl.float32)
@@ -315,8 +300,6 @@ def dequantisation(weight, scale, out, n, k, BITS: tl.constexpr, GROUP: tl.const
     tl.store(out + rows * k + columns, found, mask=inside)
 
 
-PROGRAMS = 264
-"""Two for each of the 132 multiprocessors of an H200."""
 LEAST_PART = 512
 """Fewest columns of a part: below, putting parts together costs more than it gains."""
 LEAST_STEP = 32
@@ -324,23 +307,45 @@ LEAST_STEP = 32
 WIDEST_FP32 = 64
 """Most columns of a step in fp32, which the tensor cores do not take: operands are in registers."""
 
+PLAIN, DEEP, GATE, HEAD = "plain", "deep", "gate", "head"
+"""Shapes of W: at least as many rows as columns; fewer; gate and up together; the vocabulary."""
+
 TILES = {
-    8: ProductPlan(lines=8, rows=32, columns=256, splits=4, warps=2, stages=4, ahead=True),
-    16: ProductPlan(lines=16, rows=32, columns=256, splits=4, warps=2, stages=4, ahead=True),
-    32: ProductPlan(lines=32, rows=64, columns=128, splits=8, warps=4, stages=4, ahead=True),
-    64: ProductPlan(lines=64, rows=64, columns=128, splits=8, warps=4, stages=4, ahead=True),
-    256: ProductPlan(lines=128, rows=128, columns=64, splits=4, warps=8, stages=3, ahead=False),
-}
-"""By the most rows of x. `splits` is the most of them; `columns` is for codes, and halved for weights in 16 bits."""
+    ("codes", 8): {PLAIN: (32, 256, 256, 2, 4), DEEP: (64, 256, 256, 2, 4),
+                   GATE: (64, 256, 384, 2, 4), HEAD: (32, 256, 1, 2, 4)},
+    ("codes", 16): {PLAIN: (32, 256, 512, 2, 4), DEEP: (32, 256, 512, 2, 4),
+                    GATE: (32, 256, 384, 2, 4), HEAD: (64, 256, 1, 2, 4)},
+    ("codes", 32): {PLAIN: (64, 256, 256, 4, 3), DEEP: (64, 256, 256, 4, 3),
+                    GATE: (32, 128, 768, 2, 4), HEAD: (32, 128, 1, 2, 4)},
+    ("codes", 64): {PLAIN: (64, 256, 128, 4, 3), DEEP: (64, 256, 128, 4, 3),
+                    GATE: (64, 128, 384, 4, 3), HEAD: (64, 128, 1, 4, 3)},
+    ("codes", 256): {PLAIN: (128, 64, 264, 8, 3), DEEP: (128, 64, 264, 8, 3),
+                     GATE: (128, 64, 264, 8, 3), HEAD: (128, 64, 1, 8, 3)},
+    ("floats", 16): {PLAIN: (128, 256, 128, 4, 4), DEEP: (128, 256, 128, 4, 4),
+                     GATE: (64, 256, 384, 4, 3), HEAD: (16, 256, 1, 1, 5)},
+    ("floats", 32): {PLAIN: (64, 256, 256, 4, 4), DEEP: (64, 256, 256, 4, 4),
+                     GATE: (64, 256, 384, 4, 3), HEAD: (64, 256, 1, 4, 4)},
+    ("floats", 64): {PLAIN: (64, 256, 128, 4, 4), DEEP: (64, 256, 128, 4, 4),
+                     GATE: (128, 256, 96, 8, 3), HEAD: (128, 256, 1, 4, 3)},
+    ("floats", 256): {PLAIN: (128, 64, 264, 8, 3), DEEP: (128, 64, 264, 8, 3),
+                      GATE: (128, 64, 264, 8, 3), HEAD: (128, 64, 1, 8, 3)},
+}  # fmt: skip
+"""By what the weights are and the most rows of x: rows, columns (halved for weights in 16 bits), programs to aim at,
+warps and stages. The fastest of a dozen or two on an H200, for the matrices of 1.7B."""
+
+LINES = {8: 8, 16: 16, 32: 32, 64: 64, 256: 128}
 
 
 def plan(matrix: Matrix, m: int, *, gate: bool, head: bool = False) -> ProductPlan:
-    """The tile for m, in as many parts as fill the multiprocessors; the head, which is reduced, in one."""
-    tile = next((tile for most, tile in TILES.items() if m <= most), TILES[256])
-    rows = max(tile.rows, 64) if gate or head else tile.rows
-    tiles = triton.cdiv(matrix.rows, rows) * triton.cdiv(m, tile.lines)
-    most = 1 if head else min(tile.splits, PROGRAMS // tiles, matrix.columns // LEAST_PART)
-    return replace(tile, rows=rows, columns=_step(matrix, tile.columns), splits=block(most + 1) // 2 if most else 1)
+    """The tile for m, in as many parts as give the programs that are aimed at; the head, which is reduced, in one."""
+    kind = HEAD if head else GATE if gate else DEEP if matrix.columns > matrix.rows else PLAIN
+    weights = "floats" if matrix.bits == 16 else "codes"
+    most = next((size for size in LINES if m <= size and (weights, size) in TILES), 256)
+    rows, columns, programs, warps, stages = TILES[weights, most][kind]
+    tiles = triton.cdiv(matrix.rows, rows) * triton.cdiv(m, LINES[most])
+    parts = min(programs // tiles, matrix.columns // LEAST_PART)
+    splits = block(parts + 1) // 2 if parts else 1
+    return ProductPlan(LINES[most], rows, _step(matrix, columns), splits, warps, stages)
 
 
 def _step(matrix: Matrix, most: int) -> int:
