@@ -26,7 +26,7 @@ def physical_cores(topology: Path = TOPOLOGY) -> int:
 
 
 def has_vnni(features: Path = FEATURES) -> bool:
-    """Whether the processor is known to have VNNI. Where the system does not tell (`features` is Linux's), it is not."""
+    """Whether the processor has VNNI, as far as is known: `features` is Linux's, other systems count as without."""
     try:
         lines = features.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

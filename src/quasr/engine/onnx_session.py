@@ -82,7 +82,7 @@ def open_session(path: Path, runtime: Runtime) -> Any:
     # Three graphs take turns: the threads of one that has just run would stand in the way of the next.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     if not has_vnni():
-        # There the fast products of uint8 and int8 saturate. The exact ones take 2.7 times as long where both are exact.
+        # There the fast products of uint8 and int8 saturate; the exact ones take 2.7 times as long.
         options.add_session_config_entry("session.x64quantprecision", "1")
     wanted = PROVIDERS[runtime.provider]
     try:
