@@ -50,4 +50,4 @@ if __name__ == "__main__":
     parser.add_argument("output", type=Path)
     parser.add_argument("--vocab-size", type=int, default=1792)
     arguments = parser.parse_args()
-    train(arguments.text_folder, arguments.vocab_size).save(str(arguments.output))
+    train(arguments.text_folder, arguments.vocab_size).save(str(arguments.output), pretty=False)

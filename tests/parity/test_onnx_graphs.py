@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from checkpoints import TINY, Shape, audio_sizes, random_model, text_sizes, write_hf, write_original
@@ -15,7 +16,7 @@ from torch import nn
 
 from quasr.export.folder import ExportOptions, export_folder
 from quasr.model.config import read_config
-from quasr.model.decoder import KVCache
+from quasr.model.decoder import KVCache, rope_angles
 from quasr.quant.apply import load_quantising
 from quasr.quant.linear import quantise_int4, quantise_int8
 from quasr.quant.recipe import recipe_for
@@ -40,6 +41,7 @@ ODD_WIDTHS = Shape("odd", audio_sizes(3, 60, 5, 104, 12), text_sizes(3, 40, (6, 
 CPU = torch.device("cpu")
 FRAMES = (837, 100, 5)
 LENGTHS = (21, 9, 1)
+ROTARY_OPS = ("Range", "Unsqueeze", "Mul", "Cos", "Sin")
 
 
 def checkpoint(folder: Path, shape: Shape, *, original: bool = False) -> Path:
@@ -99,16 +101,19 @@ def test_fp32_computes_what_torch_computes(shape: Shape, original: bool, tmp_pat
 
 
 def dequantised(network: Qwen3ASR, weights: str, group: int | None) -> Qwen3ASR:
-    """The network with every matrix rounded in groups, by the definition: code x scale, scales in fp32."""
+    """The network with every matrix rounded by the definition: code x scale, in groups, in the encoder by outputs."""
     with torch.no_grad():
         for name, layer in network.named_modules():
-            if not isinstance(layer, nn.Linear | nn.Embedding):
+            if not isinstance(layer, nn.Linear | nn.Embedding | nn.Conv2d) or name.endswith("conv2d1"):
                 continue
-            columns = layer.weight.shape[1]
-            size = group or next(size for size in (128, 64, 32, 16) if columns % size == 0)
+            rows = layer.weight.float().flatten(1)
+            columns = rows.shape[1]
+            largest = next((size for size in (128, 64, 32, 16) if columns % size == 0), columns)
+            size = columns if name.startswith("encoder.") else group or largest
             quantise = quantise_int4 if weights == "int4" and name.startswith("decoder.layers") else quantise_int8
-            codes, scale = quantise(layer.weight.float(), size)
-            layer.weight.copy_((codes.float().unflatten(1, (-1, size)) * scale[..., None]).flatten(1))
+            codes, scale = quantise(rows, size)
+            rounded = codes.float().unflatten(1, (-1, size)) * scale[..., None]
+            layer.weight.copy_(rounded.view(layer.weight.shape))
     return network
 
 
@@ -196,6 +201,22 @@ def test_100_seconds_of_audio(even: Path, tmp_path: Path) -> None:
         found = Host(tmp_path / "onnx").encode([mel])
     assert found.shape == (1305, 128)
     assert relative(found, truth) < 1e-4
+
+
+def test_rotary_tables_are_torchs_to_the_last_position(even: Path, tmp_path: Path) -> None:
+    """ONNX Runtime computes them when it loads the graph, of angles up to 32,767."""
+    positions = export_folder(even, tmp_path / "onnx", ExportOptions("fp32")).graph.positions
+    graph = onnx.load(str(tmp_path / "onnx" / "decoder.onnx"), load_external_data=False).graph
+    names = next(list(node.input[7:9]) for node in graph.node if node.op_type == "GroupQueryAttention")
+    outputs = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, (positions, 16)) for name in names]
+    nodes = list(graph.node)[: 1 + max(index for index, node in enumerate(graph.node) if node.output[0] in names)]
+    nodes = [node for node in nodes if node.op_type in ROTARY_OPS and "last" not in node.input]
+    constants = [tensor for tensor in graph.initializer if tensor.name.startswith("constant_")]
+    alone = onnx.helper.make_graph(nodes, "rotary", [], outputs, constants)
+    model = onnx.helper.make_model(alone, opset_imports=[onnx.helper.make_opsetid("", 23)], ir_version=11)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    for found, truth in zip(session.run(names, {}), rope_angles(torch.arange(positions), 32, 1e6), strict=True):
+        np.testing.assert_allclose(found, truth[:, :16], atol=1e-6)
 
 
 @pytest.mark.parametrize("weights", ["fp32", "int8", "int4"])

@@ -11,7 +11,7 @@ from quant_samples import linear
 from torch import nn
 
 from quasr.errors import OptionError
-from quasr.export.datafile import PAGE, DataFile
+from quasr.export.datafile import LARGE, LINE, PAGE, DataFile
 from quasr.export.linear import FLOAT, ROWS, Format, fitting_group, write_linear
 from quasr.quant.linear import Int4Linear, Int8Linear
 from quasr.quant.scheme import parse
@@ -80,10 +80,16 @@ def test_codes_that_are_there_stay(scheme: str, form: Format, tmp_path: Path) ->
         np.testing.assert_array_equal(decoded(tmp_path / "data", found), layer.dequantize().numpy())
 
 
+def test_large_tensors_begin_on_a_page(tmp_path: Path) -> None:
+    with DataFile(tmp_path / "data") as file:
+        places = [file.add(np.ones(size, dtype=np.uint8)).offset for size in (3, LARGE - 1, LARGE)]
+    assert places == [0, LINE, LINE + LARGE - 1 + (-LINE - LARGE + 1) % PAGE]
+
+
 def test_joined_layers_stand_one_below_the_other(tmp_path: Path) -> None:
     layers = [linear(rows=64), linear(rows=32)]
     found = written(tmp_path / "data", [*layers], FLOAT)
-    assert (found.rows, found.columns, found.weight.offset % PAGE) == (96, 256, 0)
+    assert (found.rows, found.columns, found.weight.offset % LINE) == (96, 256, 0)
     np.testing.assert_array_equal(decoded(tmp_path / "data", found), torch.cat([x.weight for x in layers]).numpy())
     np.testing.assert_array_equal(read(tmp_path / "data", found.bias), torch.cat([x.bias for x in layers]).numpy())
 

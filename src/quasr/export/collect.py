@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from quasr.export.datafile import DataFile, Placed
-    from quasr.export.layers import Activations
     from quasr.model.asr import Qwen3ASR
     from quasr.model.config import ModelConfig
     from quasr.quant.recipe import Recipe
@@ -62,13 +61,11 @@ def matrices(config: ModelConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
 @dataclass(frozen=True, slots=True)
 class Wanted:
     """What the matrices become. `weights` is one of WEIGHTS, or None for what the source has (int8 if nothing);
-    `group` None for what the source has, or the largest that fits, but for the encoder with int8 activations, which
-    has a scale for every row.
+    `group` None for what the source has, or the largest that fits; the encoder has a scale for every row.
     """
 
     weights: str | None = None
     group: int | None = None
-    activations: Activations = "int8"
 
 
 @dataclass(slots=True)
@@ -165,7 +162,7 @@ class _Collector:
         plain = isinstance(layer, (nn.Linear, nn.Embedding, nn.Conv2d))
         if self._wanted.weights == "fp32" or (plain and self._quantised) or name == CONVOLUTIONS[0]:
             return FLOAT
-        by_rows = name.startswith("encoder.") and self._wanted.activations == "int8"
+        by_rows = name.startswith("encoder.")
         if plain:
             return self._chosen(name, layer, by_rows)
         own, columns = _group(layer), _columns(layer)
@@ -179,8 +176,6 @@ class _Collector:
         """Of a layer of a 16-bit source."""
         if by_rows:
             return ROWS
-        if isinstance(layer, nn.Conv2d):
-            return FLOAT
         bits = 4 if self._wanted.weights == "int4" and name.startswith("decoder.layers.") else 8
         return Format(bits, fitting_group(name, _columns(layer), self._wanted.group))
 

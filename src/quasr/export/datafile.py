@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 PAGE = 4096
 """Large tensors begin on a page, so that ONNX Runtime and numpy can map them."""
 
+LARGE = 1 << 20
+"""Bytes of a large tensor: gaps before smaller ones would be a hundredth of the bundled model."""
+
 LINE = 64
 """Small ones on a cache line."""
 
@@ -56,7 +59,7 @@ class DataFile:
         return stored
 
     def _align(self, size: int) -> int:
-        step = PAGE if size >= PAGE else LINE
+        step = PAGE if size >= LARGE else LINE
         self._file.write(bytes(-self._file.tell() % step))
         return self._file.tell()
 

@@ -2,41 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
+import numpy as np
 from onnx import TensorProto
 
 from quasr.export.graph import Graph
 from quasr.export.layers import linear
-from quasr.model.decoder import rope_angles
+from quasr.model.decoder import rope_rates
 
 if TYPE_CHECKING:
     from quasr.export.collect import Collected
-    from quasr.export.datafile import DataFile, Placed
     from quasr.export.layers import Activations
     from quasr.model.config import TextConfig
 
 
-@dataclass(frozen=True, slots=True)
-class Rotary:
-    """Cosines and sines of all positions: (positions, head_dim / 2) each."""
-
-    cos: Placed
-    sin: Placed
-
-
-def write_rotary(config: TextConfig, positions: int, file: DataFile) -> Rotary:
-    """Puts the tables into the data file."""
-    tables = rope_angles(torch.arange(positions), config.head_dim, config.rope_theta)
-    cos, sin = (table[:, : config.head_dim // 2].numpy() for table in tables)
-    return Rotary(file.add(cos), file.add(sin))
-
-
-def build_decoder(config: TextConfig, collected: Collected, activations: Activations, rotary: Rotary) -> Graph:
-    """Inputs and outputs as in docs/onnx.md."""
-    return _DecoderGraph(config, collected, activations).build(rotary)
+def build_decoder(config: TextConfig, collected: Collected, activations: Activations, positions: int) -> Graph:
+    """Inputs and outputs as in docs/onnx.md; `positions` is the length of the rotary tables."""
+    return _DecoderGraph(config, collected, activations).build(positions)
 
 
 class _DecoderGraph:
@@ -44,7 +27,7 @@ class _DecoderGraph:
         self.config, self.collected, self.activations = config, collected, activations
         self.graph = Graph("decoder")
 
-    def build(self, rotary: Rotary) -> Graph:
+    def build(self, positions: int) -> Graph:
         graph, config = self.graph, self.config
         x = graph.input("embeddings", TensorProto.FLOAT, ("batch", "tokens", config.hidden))
         last = graph.add("Unsqueeze", [graph.input("last", TensorProto.INT64, ("batch",)), graph.integers(1)])
@@ -52,16 +35,25 @@ class _DecoderGraph:
             graph.input("seqlens_k", TensorProto.INT32, ("batch",)),
             graph.input("total_sequence_length", TensorProto.INT32, ()),
         ]
-        tables = [graph.weight("rotary.cos", rotary.cos), graph.weight("rotary.sin", rotary.sin)]
+        places = [*lengths, *self._rotary(positions)]
         normed = self._rms_norm(x, "layers.0.input_layernorm.weight")
         for index in range(config.layers):
-            attended = self._attention(index, normed, [*lengths, *tables])
+            attended = self._attention(index, normed, places)
             if index == config.layers - 1:
                 # Only these positions' logits are asked for, so nothing after the last attention needs the others.
                 x, attended = (graph.add("GatherND", [value, last], batch_dims=1) for value in (x, attended))
             x, normed = self._after_attention(index, x, attended)
         self._logits(normed)
         return graph
+
+    def _rotary(self, positions: int) -> list[str]:
+        """Cosines and sines of all positions, (positions, head_dim / 2) each, computed when the graph is loaded."""
+        graph = self.graph
+        bounds = [graph.constant(np.array(value, dtype=np.float32)) for value in (0, positions, 1)]
+        column = graph.add("Unsqueeze", [graph.add("Range", bounds), graph.integers(1)])
+        rates = graph.constant(rope_rates(self.config.head_dim, self.config.rope_theta).numpy())
+        angles = graph.add("Mul", [column, rates])
+        return [graph.add(function, [angles]) for function in ("Cos", "Sin")]
 
     def _attention(self, index: int, x: str, positions: list[str]) -> str:
         config, graph, name = self.config, self.graph, f"layers.{index}.self_attn"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from quasr.errors import OptionError
 from quasr.export.collect import Collected, Wanted, collect
 from quasr.export.datafile import DataFile
-from quasr.export.decoder import build_decoder, write_rotary
+from quasr.export.decoder import build_decoder
 from quasr.export.encoder import build_encoder
 from quasr.export.manifest import MANIFEST_FILE, EmbeddingTable, File, GraphFacts, Manifest, is_onnx_folder
 from quasr.export.stem import build_stem
@@ -64,12 +64,11 @@ def _write(source: Path, config: ModelConfig, options: ExportOptions, fresh: Pat
     positions = _positions(source)
     with ExitStack() as stack:
         data = {name: stack.enter_context(DataFile(fresh / f"{name}.onnx.data")) for name in GRAPHS}
-        collected = collect(source, config, Wanted(options.weights, options.group, options.activations), data)
-        rotary = write_rotary(config.text, positions, data["decoder"])
+        collected = collect(source, config, Wanted(options.weights, options.group), data)
         graphs = {
             "stem": build_stem(config.audio, collected, options.activations, data["stem"]),
             "encoder": build_encoder(config.audio, collected, options.activations),
-            "decoder": build_decoder(config.text, collected, options.activations, rotary),
+            "decoder": build_decoder(config.text, collected, options.activations, positions),
         }
     for name, graph in graphs.items():
         graph.save(fresh / f"{name}.onnx")

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+from onnx import TensorProto
 
 from quasr.export.linear import FLOAT, ROWS
+from quasr.export.manifest import ZERO_POINT
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,7 +21,9 @@ Activations = Literal["int8", "fp32"]
 """What the numbers that meet quantised weights are multiplied in."""
 
 ACCURACY_LEVEL: dict[Activations, int] = {"int8": 4, "fp32": 1}
-"""MatMulNBits' names for that."""
+"""MatMulNBits' names for that. In 8 bits level 1 unpacks all weights in every call: they are unpacked once instead."""
+
+CODE_BITS = 8
 
 HIGHEST = 255
 """Of uint8."""
@@ -52,8 +56,10 @@ def linear(
     weight = graph.weight(f"{name}.weight", found.weight)
     bias = [] if found.bias is None else [graph.weight(f"{name}.bias", found.bias)]
     if found.format == FLOAT or found.scale is None:
-        product = graph.add("FusedMatMul", [x, weight], None if bias else output, transB=1)
-        return graph.add("Add", [product, *bias], output) if bias else product
+        return _in_floats(graph, x, weight, bias, output)
+    if found.format.bits == CODE_BITS and activations == "fp32":
+        on_its_side = found.format == ROWS
+        return _in_floats(graph, x, unpacked(graph, name, collected), bias, output, on_its_side=on_its_side)
     inputs = [x, weight, graph.weight(f"{name}.scale", found.scale)]
     return graph.add(
         "MatMulNBits",
@@ -71,10 +77,35 @@ def audio_linear(
     graph: Graph, name: str, collected: Collected, x: str, activations: Activations, span: Span = EVEN
 ) -> str:
     """As `linear` for any format, on (tokens, columns): with ROWS every token's numbers get a scale of their own."""
-    if collected.linears[name].format != ROWS:
+    if collected.linears[name].format != ROWS or activations == "fp32":
         return linear(graph, name, collected, x, activations)
     codes, scale = to_codes(graph, x, [-1], span)
     return from_codes(graph, name, collected, codes, scale, span)
+
+
+def _in_floats(
+    graph: Graph, x: str, weight: str, bias: Sequence[str], output: str | None, *, on_its_side: bool = False
+) -> str:
+    """x W^T + bias, W (rows, columns), or (columns, rows) `on_its_side`, in fp32."""
+    product = graph.add("FusedMatMul", [x, weight], None if bias else output, transB=int(not on_its_side))
+    return graph.add("Add", [product, *bias], output) if bias else product
+
+
+def unpacked(graph: Graph, name: str, collected: Collected) -> str:
+    """The 8-bit matrix `name` in fp32, (rows, columns), or (columns, rows) for ROWS.
+
+    All of it are constants, so ONNX Runtime computes it once, when it loads the graph.
+    """
+    found = collected.linears[name]
+    if found.scale is None:
+        raise ValueError(f"{name} has no scales")
+    codes = graph.add("Cast", [graph.weight(f"{name}.weight", found.weight)], to=TensorProto.FLOAT)
+    scale = graph.weight(f"{name}.scale", found.scale)
+    if found.format == ROWS:
+        return graph.add("Mul", [codes, scale])
+    codes = graph.add("Sub", [codes, _number(graph, ZERO_POINT)])
+    groups = graph.add("Mul", [codes, graph.add("Unsqueeze", [scale, graph.integers(-1)])])
+    return graph.add("Reshape", [groups, graph.integers(found.rows, found.columns)])
 
 
 def to_codes(graph: Graph, x: str, axes: Sequence[int], span: Span) -> tuple[str, str]:

@@ -15,7 +15,7 @@ from onnx import TensorProto
 
 from quasr.export.collect import CONVOLUTIONS
 from quasr.export.graph import Graph
-from quasr.export.layers import GELU, audio_linear, from_codes, to_codes
+from quasr.export.layers import GELU, audio_linear, from_codes, to_codes, unpacked
 from quasr.export.linear import ROWS
 from quasr.model.encoder import sinusoids
 
@@ -33,7 +33,7 @@ def build_stem(config: AudioConfig, collected: Collected, activations: Activatio
     """`mel` (chunks, mel_bins, chunk_frames) -> `tokens` (chunks, chunk_tokens, width)."""
     graph = Graph("stem")
     mel = graph.input("mel", TensorProto.FLOAT, ("chunks", config.mel_bins, config.chunk_frames))
-    in_codes = collected.linears[CONVOLUTIONS[1]].format == ROWS
+    in_codes = collected.linears[CONVOLUTIONS[1]].format == ROWS and activations == "int8"
     x = _in_codes(graph, mel, config, collected) if in_codes else _in_floats(graph, mel, config, collected)
     rows = graph.add("Reshape", [x, graph.integers(-1, config.stem_features)])
     x = audio_linear(graph, "encoder.stem.conv_out", collected, rows, activations, GELU)
@@ -49,12 +49,20 @@ def _in_floats(graph: Graph, mel: str, config: AudioConfig, collected: Collected
     x = graph.add("Unsqueeze", [mel, graph.integers(1)])
     for index, name in enumerate(CONVOLUTIONS):
         found = collected.linears[name]
-        shape = (config.stem_channels, config.stem_channels if index else 1, KERNEL, KERNEL)
-        inputs = [x, graph.weight(f"{name}.weight", replace(found.weight, shape=shape))]
+        inputs = [x, _kernel(graph, name, collected, config.stem_channels if index else 1)]
         if found.bias is not None:
             inputs.append(graph.weight(f"{name}.bias", found.bias))
         x = graph.add("Gelu", [graph.add("Conv", inputs, strides=[STRIDE] * 2, pads=[1] * 4)])
     return graph.add("Transpose", [x], perm=[0, 3, 1, 2])
+
+
+def _kernel(graph: Graph, name: str, collected: Collected, channels: int) -> str:
+    """The weights of a convolution as Conv takes them: (rows, channels, height, width)."""
+    found = collected.linears[name]
+    if found.format != ROWS:
+        return graph.weight(f"{name}.weight", replace(found.weight, shape=(found.rows, channels, KERNEL, KERNEL)))
+    laid = graph.integers(KERNEL, KERNEL, channels, found.rows)
+    return graph.add("Transpose", [graph.add("Reshape", [unpacked(graph, name, collected), laid])], perm=[3, 2, 0, 1])
 
 
 def _in_codes(graph: Graph, mel: str, config: AudioConfig, collected: Collected) -> str:

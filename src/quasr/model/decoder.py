@@ -36,11 +36,16 @@ def rope_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor,
 
     Qwen3-ASR's three-row MRoPE collapses to this, because its three position rows are always equal.
     """
-    # As a quotient, as the checkpoints were trained: theta ** -x rounds otherwise, which a position of 800 multiplies.
-    rate = 1.0 / theta ** (torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)
-    angle = positions[..., None].float() * rate
+    angle = positions[..., None].float() * rope_rates(head_dim, theta, positions.device)
     angle = torch.cat([angle, angle], dim=-1)
     return angle.cos(), angle.sin()
+
+
+def rope_rates(head_dim: int, theta: float, device: torch.device | None = None) -> Tensor:
+    """(head_dim / 2,) radians a position, fp32."""
+    # As a quotient, as the checkpoints were trained: theta ** -x rounds otherwise, which a position of 800 multiplies.
+    rates: Tensor = 1.0 / theta ** (torch.arange(0, head_dim, 2, device=device).float() / head_dim)
+    return rates
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
