@@ -119,6 +119,17 @@ def test_fetches_only_what_is_needed_and_records_it(hub: Hub, options: HubOption
     assert sorted(hub.downloads()) == sorted(NEEDED)
 
 
+def test_graphs_of_an_export_come_along(hub: Hub, options: HubOptions) -> None:
+    ours = {"quasr_onnx.json": b"{}", "decoder.onnx": b"graph", "decoder.onnx.data": WEIGHTS}
+    hub.files |= ours | {"onnx/decoder.onnx": b"another's", "decoder_model.onnx": b"another's"}
+    folder = resolve(MODEL, options)
+    assert contents(folder).keys() == NEEDED | ours.keys()
+    assert {name: (folder / name).read_bytes() for name in ours} == ours
+    hub.requests.clear()
+    assert resolve(MODEL, options) == folder
+    assert hub.downloads() == []
+
+
 def test_second_time_downloads_nothing(hub: Hub, options: HubOptions, caplog: pytest.LogCaptureFixture) -> None:
     folder = resolve(MODEL, options)
     hub.requests.clear()

@@ -14,6 +14,7 @@ from huggingface_hub import HfApi, constants, errors, snapshot_download
 from quasr.errors import HubError, ModelNotFoundError, QuasrError
 from quasr.weights.record import (
     CONFIG_FILES,
+    GRAPH_FILES,
     WANTED,
     Listing,
     LocalFile,
@@ -42,7 +43,7 @@ TIMEOUT = 30
 
 DEFAULT_REVISION = "main"
 
-PATTERNS = [f"*{ending}" for ending in WANTED]
+PATTERNS = [*(f"*{ending}" for ending in WANTED), *GRAPH_FILES]
 
 REFUSALS: tuple[tuple[type[Exception], type[QuasrError], str], ...] = (
     (errors.GatedRepoError, HubError, "{} is gated: accept its terms on its page, then set HF_TOKEN"),

@@ -24,6 +24,9 @@ RECORD_FILE = "quasr_source.json"
 WANTED = (".safetensors", ".json", ".txt")
 """Endings of the files that a checkpoint needs: weights, config and tokenizer."""
 
+GRAPH_FILES = tuple(f"{graph}.onnx{ending}" for graph in ("stem", "encoder", "decoder") for ending in ("", ".data"))
+"""What `quasr export` writes beside those; ONNX files of other names are other programs'."""
+
 CONFIG_FILES = ("config.json", "generation_config.json", "quasr_quantization.json")
 """All that tells a model's shape and how it is quantised."""
 
@@ -71,7 +74,12 @@ class Source:
 def wanted(name: str) -> bool:
     """Whether a hub's file belongs to the checkpoint. A name that leaves the folder never does."""
     path = PurePosixPath(name)
-    return name.endswith(WANTED) and not path.is_absolute() and ".." not in path.parts and "\\" not in name
+    return (
+        (name.endswith(WANTED) or name in GRAPH_FILES)
+        and not path.is_absolute()
+        and ".." not in path.parts
+        and "\\" not in name
+    )
 
 
 def read_record(folder: Path) -> Source | None:
