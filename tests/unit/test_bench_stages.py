@@ -1,0 +1,47 @@
+"""The stages of one clip: arithmetic on an engine made by hand, and the bundled graphs once."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+
+from quasr.bench.stages import main, measure
+from quasr.engine.base import ClipRequest, EngineStats
+from quasr.pipeline.onnx import DEMO_GRAPHS
+
+
+class Counting:
+    """Each call takes 20 ms for the encoder, 10 for the prompt, and 3 a token, by its own count."""
+
+    def __init__(self) -> None:
+        self.stats, self.calls = EngineStats(encode_seconds=5.0), 0
+
+    def run(self, requests: list[ClipRequest]) -> list[Any]:
+        self.calls += 1
+        tokens = requests[0].max_new_tokens
+        self.stats.encode_seconds += 0.020
+        self.stats.prefill_seconds += 0.010
+        self.stats.generate_seconds += 0.003 * (tokens - 1)
+        return [SimpleNamespace(tokens=[7] * tokens)]
+
+
+def test_stages_are_what_one_call_adds() -> None:
+    engine = Counting()
+    found = measure(cast("Any", engine), ClipRequest(np.zeros(16_000, np.float32), (1,), (2,), 5), 3)
+    assert (engine.calls, len(found)) == (4, 3)
+    for one in found:
+        assert [one.encoder, one.prefill, one.token] == pytest.approx([20, 10, 3])
+
+
+def test_the_bundled_graphs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(DEMO_GRAPHS), "--seconds", "1", "--tokens", "3", "--repeats", "2", "--threads", "1"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    least, median = found["least"], found["median"]
+    assert found["engine"] == "onnx"
+    assert all(0 < least[name] <= median[name] for name in ("encoder", "prefill", "token", "seconds"))
+    assert least["seconds"] * 1000 + 1 >= least["encoder"] + least["prefill"] + least["token"]
+    assert found["weights_mb"] == 21
