@@ -30,7 +30,10 @@ def export(
         int | None, typer.Option("--group", help="Weights that share a scale: 128, 64 or 32. Default: what fits.")
     ] = None,
     activations: Annotated[
-        str, typer.Option("--activations", help="int8, or fp32: slower, without their rounding.")
+        str,
+        typer.Option(
+            "--activations", help="int8, or fp32: not rounded; 8-bit weights then take 32."
+        ),
     ] = "int8",
     hub: HubOption = "huggingface",
     revision: RevisionOption = None,
