@@ -262,7 +262,7 @@ def test_each_system_starts_cold_and_then_warm(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(run_module, "ask", ask)
     told: list[str] = []
-    rows = bench(JOB, ["bad", "half", "good"], told.append)
+    rows = list(bench(JOB, ["bad", "half", "good"], told.append))
     assert rows == [Row("bad", "first failed"), Row("half", "all failed", START), Row("good", None, START, FOUND)]
     assert told == ["bad", "half", "good"]
     assert [one[:2] for one in asked] == [

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import os
 import sys
 
 import pytest
 import torch
 
 from quasr.engine import device as device_module
-from quasr.engine.device import choose, device_names, peak_memory
+from quasr.engine.device import choose, device_names, peak_memory, spare_memory
 from quasr.errors import MissingDependencyError, OptionError, ResourceError
 
 
@@ -68,3 +69,15 @@ def test_names_and_peak_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert gpu is None
     assert host is not None
     assert 2**24 < host < 2**40
+
+
+def test_a_memory_plan_asks_for_blocks_that_extend_but_not_against_the_environment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    variable = "PYTORCH_CUDA_ALLOC_CONF"
+    monkeypatch.delenv(variable, raising=False)
+    spare_memory()
+    assert os.environ[variable] == "expandable_segments:True"
+    monkeypatch.setenv(variable, "max_split_size_mb:64")
+    spare_memory()
+    assert os.environ[variable] == "max_split_size_mb:64"

@@ -13,7 +13,7 @@ from quasr.errors import OptionError
 from quasr.evaluation.process import ask
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from quasr.bench.job import Job, Start
 
@@ -41,16 +41,14 @@ def bandwidth(job: Job) -> Bandwidth:
     return Bandwidth(**json.loads(found.text))
 
 
-def bench(job: Job, systems: Sequence[str], told: Callable[[str], None]) -> list[Row]:
-    """A row for each system, in order; one that fails says why and does not stop the others.
+def bench(job: Job, systems: Sequence[str], told: Callable[[str], None]) -> Iterator[Row]:
+    """A row for each system, in order and as it is done; one that fails says why and does not stop the others.
 
     `job.system` is replaced by each. `told` gets the name of a system when it starts.
     """
-    rows = []
     for system in systems:
         told(system)
-        rows.append(_row(replace(job, system=system)))
-    return rows
+        yield _row(replace(job, system=system))
 
 
 def _row(job: Job) -> Row:

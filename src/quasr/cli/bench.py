@@ -87,7 +87,7 @@ def bench(
     sizes = parse_batches(batches or BATCHES[place.type])
     job = Job(systems[0], "", str(place), "all", seconds, tokens, sizes, repeats, threads)
     with _checkpoint(shape, model, keep, HubOptions(hub=hub, revision=revision, offline=offline)) as (name, folder):
-        report = _measure(name, replace(job, folder=str(folder)), systems)
+        report = _measure(name, replace(job, folder=str(folder)), systems, output)
     _show(report, output)
     return 1 if report.problems() else 0
 
@@ -126,23 +126,29 @@ def _made(name: str, folder: Path) -> Path:
     return folder
 
 
-def _measure(name: str, job: Job, systems: list[str]) -> Report:
-    from quasr.bench.report import Report
+def _measure(name: str, job: Job, systems: list[str], output: Path | None) -> Report:
+    """Each row is told, and written to `output`, as soon as it is there: a run that is cut off keeps what is done."""
+    from quasr.bench.report import Report, write_json
     from quasr.bench.run import bandwidth
     from quasr.bench.run import bench as run
 
     memory = bandwidth(job)
     note(f"{memory.device}: {memory.bytes_per_second / 1e9:.1f} GB/s ({memory.method})")
-    rows = run(job, systems, lambda system: note(f"{system} ..."))
-    return Report(name, job, memory, tuple(rows), tuple(sys.argv))
+    report = Report(name, job, memory, (), tuple(sys.argv))
+    note("  ".join(report.columns()))
+    for row in run(job, systems, lambda system: note(f"{system} ...")):
+        report = replace(report, rows=(*report.rows, row))
+        note("  ".join(report.cells(row)))
+        if output is not None:
+            write_json(output, report)
+    return report
 
 
 def _show(report: Report, output: Path | None) -> None:
-    from quasr.bench.report import LEGEND, write_json
+    from quasr.bench.report import LEGEND
 
     result(aligned([report.columns(), *(report.cells(row) for row in report.rows if row.measured)]))
     for line in (*report.problems(), *LEGEND):
         note(line)
     if output is not None:
-        write_json(output, report)
         note(f"wrote {output}")

@@ -109,8 +109,10 @@ class FastEngine:
         self._model: Qwen3ASR | None = model
         self._decoder = FastDecoder.from_model(model.decoder, kernels)
         self._steps = Steps(self._decoder, graphs=graphs)
-        self._prefill = GraphedPrefill(self._decoder) if graphs else self._decoder
-        self._encode = GraphedEncoder(model.encoder).encode if graphs else model.encoder.encode
+        # Their graphs hold memory of their own, for which a plan has no room.
+        roomy = graphs and self._options.cache_bytes is None
+        self._prefill = GraphedPrefill(self._decoder) if roomy else self._decoder
+        self._encode = GraphedEncoder(model.encoder).encode if roomy else model.encoder.encode
         self._stats = EngineStats()
         self._spans = Spans(self._stats, placement.device)
         self._submitted = 0

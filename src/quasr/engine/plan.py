@@ -26,8 +26,9 @@ if TYPE_CHECKING:
     from quasr.quant.recipe import Recipe
     from quasr.quant.scheme import Kind
 
-CUDA_CONTEXT = 450_000_000
-"""Assumed: the CUDA context and torch's kernels, which no allocator counts. It depends on GPU and driver."""
+CUDA_CONTEXT = 890_000_000
+"""The CUDA context, kernels, graphs and what torch's allocator keeps in reserve, beside the tensors: measured on an
+H200 with torch 2.11 (docs/log.md). It depends on GPU and driver."""
 
 HOST_PROCESS = 350_000_000
 """Assumed: interpreter, torch and the audio libraries in main memory; 310 MB were measured on Linux without CUDA."""

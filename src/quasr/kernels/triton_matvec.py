@@ -191,7 +191,7 @@ MOST_COLUMNS = {16: 1024, 8: 2048, 4: 2048}
 CUTS = {
     8: {PLAIN: (4, 2), ADD: (4, 2), GATE: (8, 4), HEAD: (16, 4), DEEP: (8, 4)},
     4: {PLAIN: (8, 4), ADD: (8, 4), GATE: (4, 4), HEAD: (8, 4), DEEP: (8, 8)},
-    16: {PLAIN: (8, 2), ADD: (8, 2), GATE: (8, 2), HEAD: (8, 2), DEEP: (8, 2)},
+    16: {PLAIN: (8, 2), ADD: (4, 2), GATE: (2, 4), HEAD: (4, 4), DEEP: (1, 4)},
     32: {PLAIN: (2, 4), ADD: (2, 4), GATE: (1, 4), HEAD: (2, 4), DEEP: (1, 4)},
 }
 """Outputs and warps of a program, by the bits of a weight; the fastest on an H200 but for 32, which only has to fit."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Self
 
 from quasr.audio.chunk import OFFICIAL_SECONDS
 from quasr.audio.fetch import FetchLimits
-from quasr.engine.device import DTYPES, check_names, choose, use_threads
+from quasr.engine.device import DTYPES, check_names, choose, spare_memory, use_threads
 from quasr.engine.plan import Wish, parse_memory
 from quasr.errors import AudioError, CheckpointError, OptionError
 from quasr.model.config import read_config
@@ -74,6 +74,8 @@ def load(
     check_names(device, dtype)
     asked = _Asked(device, dtype, compute_type, recipe_for(compute_type, threshold), threshold, memory, offload)
     wish = EngineWish(engine, provider, threads, device, asked.precision(), asked.torch_only())
+    if memory is not None:
+        spare_memory()
     # What is missing here is said before anything is fetched.
     placement = choose(device, asked.place_dtype()) if torch_reason(wish) else None
     folder = resolve_model(str(model), hub or HubOptions())
