@@ -146,3 +146,20 @@ def refuse(folder: Path, error: type[quasr.QuasrError], message: str) -> None:
         quasr.load(folder, device="cpu")
     assert "\n" not in str(caught.value)
     assert caught.value.exit_code == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "meaning"),
+    [
+        ("language", 5, "a name or code of a language, or None"),
+        ("context", None, "text"),
+        ("batch_size", "8", "a whole number"),
+        ("piece_seconds", "30", "a number of seconds"),
+        ("max_new_tokens", 2.5, "a whole number or None"),
+        ("chunk", None, "text"),
+    ],
+)
+def test_an_option_of_another_type_is_told(name: str, value: object, meaning: str) -> None:
+    with quasr.load("demo", engine="onnx") as transcriber, pytest.raises(OptionError) as caught:
+        transcriber.transcribe((np.zeros(8000, np.float32), 16000), **{name: value})
+    assert str(caught.value) == f"{name} is {value!r}: it must be {meaning}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields, replace
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Self
 
 from quasr.audio.chunk import OFFICIAL_SECONDS
@@ -39,6 +40,16 @@ if TYPE_CHECKING:
     from quasr.pipeline.transcribe import Progress
     from quasr.quant.recipe import Recipe
     from quasr.types import Segment
+
+OPTION_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
+    "language": ((str, type(None)), "a name or code of a language, or None"),
+    "context": ((str,), "text"),
+    "max_new_tokens": ((Integral, type(None)), "a whole number or None"),
+    "piece_seconds": ((Real,), "a number of seconds"),
+    "batch_size": ((Integral,), "a whole number"),
+    "chunk": ((str,), "text"),
+}
+"""What callers mistake most easily, because another library has other types there."""
 
 
 def load(
@@ -290,6 +301,9 @@ def _checked(options: TranscribeOptions, overrides: dict[str, object], most: Wor
         if name not in known:
             raise OptionError(f"unknown option {name!r}: there are {', '.join(known)}")
     chosen = replace(options, **overrides)  # type: ignore[arg-type]
+    for name, (kinds, meaning) in OPTION_TYPES.items():
+        if not isinstance(getattr(chosen, name), kinds):
+            raise OptionError(f"{name} is {getattr(chosen, name)!r}: it must be {meaning}")
     if not (math.isfinite(chosen.piece_seconds) and chosen.piece_seconds >= 1):
         raise OptionError(f"piece_seconds is {chosen.piece_seconds}: it must be at least 1")
     if chosen.batch_size < 1:
