@@ -55,13 +55,17 @@ def test_batch_equals_single_and_segments_are_the_text(transcriber: quasr.Transc
 def test_a_decode_that_never_stops_is_cut_and_noticed(transcriber: quasr.Transcriber, wav: Path) -> None:
     result = transcriber.transcribe(wav, max_new_tokens=5)
     assert result.finish_reason == "length"
-    assert [(notice.code, notice.start, notice.end) for notice in result.warnings] == [("token_budget", 0.0, 2.0)]
+    found = [(notice.code, notice.start, notice.end) for notice in result.warnings]
+    # The network is random and the sound a tone: that it writes words at all is doubtful too.
+    assert found == [("token_budget", 0.0, 2.0), ("doubtful_speech", 0.0, 2.0)]
     assert result.timings.tokens == 5
 
 
 def test_info_says_where_and_why(transcriber: quasr.Transcriber) -> None:
     assert (transcriber.info.name, transcriber.info.device, transcriber.info.dtype) == ("torch", "cpu", "fp32")
-    assert transcriber.info.reasons[0] == "the CPU was asked for"
+    why_torch, why_here = transcriber.info.reasons[:2]
+    assert why_torch.startswith("torch, because the folder holds no such ONNX graphs")
+    assert why_here == "the CPU was asked for"
 
 
 @pytest.mark.parametrize(
