@@ -31,9 +31,7 @@ def export(
     ] = None,
     activations: Annotated[
         str,
-        typer.Option(
-            "--activations", help="int8, or fp32: not rounded; 8-bit weights then take 32."
-        ),
+        typer.Option("--activations", help="int8, or fp32: not rounded; 8-bit weights then take 32."),
     ] = "int8",
     hub: HubOption = "huggingface",
     revision: RevisionOption = None,
