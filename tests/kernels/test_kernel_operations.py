@@ -34,6 +34,8 @@ WIDE = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE.type == "cuda
 
 SHAPES = [(34, 192), (48, 80), (129, 320)]
 """Rows and columns of matrices: neither is a power of two."""
+THOROUGH = DEVICE.type == "cuda"
+"""The interpreter takes seconds where a GPU takes microseconds, so it gets fewer cases."""
 
 
 @pytest.fixture(autouse=True)
@@ -120,7 +122,7 @@ def test_products(scheme: str, m: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("m", [1, 3, 17, 40, 70])
+@pytest.mark.parametrize("m", [1, 3, 17, 40, 70] if THOROUGH else [1, 17])
 @pytest.mark.parametrize("dtype", WIDE, ids=str)
 @pytest.mark.parametrize("scheme", ["none", "int8", "int8-16", "int4-16"])
 def test_products_of_awkward_shapes(scheme: str, dtype: torch.dtype, m: int, shape: tuple[int, int]) -> None:
@@ -222,7 +224,7 @@ def test_attention() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("case", PLACES)
 @pytest.mark.parametrize("dtype", WIDE, ids=str)
-@pytest.mark.parametrize("counts", [(6, 2, 16), (4, 4, 32), (16, 8, 24), (5, 1, 80)], ids=str)
+@pytest.mark.parametrize("counts", [(6, 2, 16), (5, 1, 80), *[(4, 4, 32), (16, 8, 24)][: 2 * THOROUGH]], ids=str)
 def test_attention_of_awkward_shapes(counts: tuple[int, int, int], dtype: torch.dtype, case: str) -> None:
     attention(dtype, heads_of(*counts, dtype), case)
 
