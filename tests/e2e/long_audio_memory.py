@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import struct
 import sys
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -75,6 +76,8 @@ class Parrot:
 
 
 class Words:
+    special = SimpleNamespace(asr_text=9)
+
     def decode(self, ids: Sequence[int]) -> str:
         return f"language English<asr_text>{len(ids)} words here."
 
