@@ -119,6 +119,7 @@ def check_texts(model: Path, folder: Path, names: list[str]) -> None:
     assert len(set(found.values())) > 1
 
 
+@pytest.mark.slow
 def test_a_job_that_is_killed_goes_on(hf: Path, tmp_path: Path) -> None:
     survive(hf, tmp_path, count=24, kills=2)
 
@@ -128,6 +129,7 @@ def test_a_job_of_200_files_survives_ten_kills(hf: Path, tmp_path: Path) -> None
     survive(hf, tmp_path, count=200, kills=10)
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_cleanly_and_the_rest_follows(hf: Path, tmp_path: Path) -> None:
     names = make_tree(tmp_path / "in", 60)
     out, arguments = tmp_path / "out", ["-r", str(tmp_path / "in"), "-o", str(tmp_path / "out"), "--model", str(hf)]

@@ -41,6 +41,7 @@ def test_both_layouts_give_the_same(transcriber: quasr.Transcriber, original: Pa
         assert other.transcribe(wav, max_new_tokens=12).text == transcriber.transcribe(wav, max_new_tokens=12).text
 
 
+@pytest.mark.slow
 def test_batch_equals_single_and_segments_are_the_text(transcriber: quasr.Transcriber, tmp_path: Path) -> None:
     files = [write_wav(tmp_path / f"{seconds}.wav", seconds, seed=1) for seconds in (0.02, 1.3, 9.0, 4.4)]
     options = quasr.TranscribeOptions(piece_seconds=3.0, batch_size=4, max_new_tokens=10)

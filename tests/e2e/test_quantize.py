@@ -68,6 +68,7 @@ def test_the_folder_says_what_the_source_says_in_int8(saved: tuple[Path, str], o
     assert info.weight_bytes < 0.4 * plain.info.weight_bytes
 
 
+@pytest.mark.slow
 def test_saved_and_quantised_on_load_say_the_same(original: Path, wav: Path, tmp_path: Path) -> None:
     assert run("quantize", original, "--to", "int8", "-o", tmp_path / "q", "--dtype", "fp32").returncode == 0
     with (
@@ -86,6 +87,7 @@ def test_saved_and_quantised_on_load_say_the_same(original: Path, wav: Path, tmp
         pytest.param("llm-int8", "llm-int8:4.0 in fp32", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 def test_transcribe_in_a_compute_type(original: Path, wav: Path, compute_type: str, scheme: str) -> None:
     words = ["transcribe", wav, "--model", original, "--compute-type", compute_type, "--max-new-tokens", "8"]
     extra = ["--threshold", "4"] if compute_type == "llm-int8" else []

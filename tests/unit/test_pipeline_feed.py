@@ -144,6 +144,7 @@ def test_no_more_than_the_depth_is_read_ahead() -> None:
     assert len(read) < 100
 
 
+@pytest.mark.slow
 def test_a_call_of_many_files_gives_the_same_as_batch_by_batch() -> None:
     """Files of one piece and of several, one that is not there, and one that is silence."""
 
