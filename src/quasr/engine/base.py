@@ -128,6 +128,21 @@ class Engine(Protocol):
         ...
 
 
+class Reporting:
+    """`info` and `stats` of an engine that keeps them in `_info` and `_stats`."""
+
+    _info: EngineInfo
+    _stats: EngineStats
+
+    @property
+    def info(self) -> EngineInfo:
+        return self._info
+
+    @property
+    def stats(self) -> EngineStats:
+        return self._stats
+
+
 class BatchQueue:
     """Lets an engine that has only `run` be submitted to: a step decodes all that waits, as one batch."""
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from itertools import chain
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,7 +17,7 @@ import torch
 
 from quasr.engine import device as devices
 from quasr.engine import scheduler
-from quasr.engine.base import ClipResult, EngineInfo, EngineStats, Ticket, belongs, nan_error
+from quasr.engine.base import ClipResult, EngineStats, Reporting, Ticket, belongs, nan_error
 from quasr.engine.fast import FastDecoder
 from quasr.engine.graphs import GraphedEncoder, GraphedPrefill
 from quasr.engine.prompts import embed_prompts, prompt_length
@@ -26,7 +25,7 @@ from quasr.engine.row import Row
 from quasr.engine.rows import Clip, Rows
 from quasr.engine.spans import Spans
 from quasr.engine.steps import BUCKETS, Steps
-from quasr.engine.torch_engine import memory_advice
+from quasr.engine.torch_engine import memory_advice, network_info
 from quasr.errors import OptionError
 from quasr.kernels import dispatch
 from quasr.model.transfer import to_device
@@ -79,7 +78,7 @@ class FastOptions:
             raise OptionError(f"{self.rows} rows: a batch has 1 to {BUCKETS[-1]} rows")
 
 
-class FastEngine:
+class FastEngine(Reporting):
     """Runs `model`, which lies on `placement.device` in `placement.dtype`. One caller at a time.
 
     `scheme` is the name of the recipe that its weights are quantised by. Raises OptionError for layers that the fast
@@ -120,23 +119,11 @@ class FastEngine:
         self._most = self._most_positions()
         self._forget_clips()
         how = f"{kernels.name} kernels ({kernels.reason}), {'CUDA graphs' if graphs else 'no CUDA graphs'}"
-        self._info = EngineInfo(
-            name="fast",
-            device=str(placement.device),
-            dtype=placement.dtype_name,
-            weight_bytes=sum(weight.nbytes for weight in chain(model.parameters(), model.buffers())),
+        self._info = replace(
+            network_info("fast", model, placement, scheme),
             reasons=(*placement.reasons, how),
-            scheme=scheme,
             in_flight=min(self._options.rows, self._most // USUAL_POSITIONS) + WAITING,
         )
-
-    @property
-    def info(self) -> EngineInfo:
-        return self._info
-
-    @property
-    def stats(self) -> EngineStats:
-        return self._stats
 
     def submit(self, request: ClipRequest, group: Hashable = 0) -> Ticket:
         """As `Engine.submit`. Raises ResourceError where prompt and budget do not fit into the cache alone."""

@@ -19,6 +19,7 @@ from quasr.engine.base import (
     ClipResult,
     EngineInfo,
     EngineStats,
+    Reporting,
     Ticket,
     belongs,
     memory_error,
@@ -55,7 +56,7 @@ class Running:
     row: Row
 
 
-class OnnxEngine:
+class OnnxEngine(Reporting):
     """Runs the ONNX folder `folder` (docs/onnx.md) by `runtime`. One caller at a time.
 
     `reasons`: why it is this engine.
@@ -80,14 +81,6 @@ class OnnxEngine:
         self._waiting: dict[Ticket, ClipRequest] = {}
         self._running: list[Running] = []
         self._ready: list[tuple[Ticket, ClipResult]] = []
-
-    @property
-    def info(self) -> EngineInfo:
-        return self._info
-
-    @property
-    def stats(self) -> EngineStats:
-        return self._stats
 
     def submit(self, request: ClipRequest, group: Hashable = 0) -> Ticket:
         """Queues a clip. Raises ResourceError for one that is longer than the folder's graphs."""

@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING
 import torch
 
 from quasr.audio.mel import log_mel
-from quasr.engine.base import BatchQueue, ClipRequest, ClipResult, EngineInfo, EngineStats, memory_error, nan_error
+from quasr.engine.base import (
+    BatchQueue,
+    ClipRequest,
+    ClipResult,
+    EngineInfo,
+    EngineStats,
+    Reporting,
+    memory_error,
+    nan_error,
+)
 from quasr.engine.row import Row
 from quasr.model.decoder import KVCache
 
@@ -27,7 +36,19 @@ DROP_AT = 4
 """Finished rows leave once they are a quarter of the batch: each departure copies the rest of the cache."""
 
 
-class TorchEngine(BatchQueue):
+def network_info(name: str, model: Qwen3ASR, placement: Placement, scheme: str) -> EngineInfo:
+    """What is to be told of an engine `name` that runs `model` where `placement` says."""
+    return EngineInfo(
+        name=name,
+        device=str(placement.device),
+        dtype=placement.dtype_name,
+        weight_bytes=sum(weight.nbytes for weight in chain(model.parameters(), model.buffers())),
+        reasons=placement.reasons,
+        scheme=scheme,
+    )
+
+
+class TorchEngine(Reporting, BatchQueue):
     """Runs `model`, which already lies on `placement.device` in `placement.dtype`. One caller at a time.
 
     `scheme` is the name of the recipe that its weights are quantised by.
@@ -39,22 +60,7 @@ class TorchEngine(BatchQueue):
         self._stop_ids = frozenset(stop_ids)
         self._placement = placement
         self._stats = EngineStats()
-        self._info = EngineInfo(
-            name="torch",
-            device=str(placement.device),
-            dtype=placement.dtype_name,
-            weight_bytes=sum(weight.nbytes for weight in chain(model.parameters(), model.buffers())),
-            reasons=placement.reasons,
-            scheme=scheme,
-        )
-
-    @property
-    def info(self) -> EngineInfo:
-        return self._info
-
-    @property
-    def stats(self) -> EngineStats:
-        return self._stats
+        self._info = network_info("torch", model, placement, scheme)
 
     def run(self, requests: Sequence[ClipRequest]) -> list[ClipResult]:
         """Decodes all clips as one batch, greedily; results in the order of `requests`.

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from quasr.kernels.state import Places
 
 LOG2_E = 1.4426950408889634
+"""Scores are multiplied by it, so that powers of 2 do for those of e."""
 LEAST_DOT = 16
 """Fewest rows that the tensor cores take."""
 
@@ -160,7 +161,7 @@ def attention(
     else:
         known = (g < GROUP)[:, None] & (d < SIZE)[None, :]
         q = tl.load(x + heads[:, None] + d[None, :], mask=known, other=0).to(tl.float32)
-    q = (q.to(keys.dtype.element_ty).to(tl.float32) * (scale * 1.4426950408889634)).to(keys.dtype.element_ty)
+    q = (q.to(keys.dtype.element_ty).to(tl.float32) * scale).to(keys.dtype.element_ty)
     largest = tl.full((LANES,), float("-inf"), tl.float32)
     sums, weight = tl.zeros((LANES, DP), tl.float32), tl.zeros((LANES,), tl.float32)
     if FUSED:
@@ -275,7 +276,7 @@ def run(x: Tensor, layer: tuple[Tensor, Tensor], places: Places, heads: Heads, *
     attention[len(x), heads.kv_count, chosen.splits](
         x, *layer, places.offsets, places.lengths, places.idle,
         heads.q_norm.weight, heads.k_norm.weight, heads.rates, out, parts, marks, _counters(block(many, 64), x.device),
-        x.stride(0), heads.q_norm.eps, heads.k_norm.eps, heads.size**-0.5, layer[0].shape[1],
+        x.stride(0), heads.q_norm.eps, heads.k_norm.eps, heads.size**-0.5 * LOG2_E, layer[0].shape[1],
         HEADS=heads.count, KV=heads.kv_count, SIZE=heads.size, GP=group, LANES=max(group, LEAST_DOT), DP=width,
         SPLITS=chosen.splits, BLOCK=chosen.positions, FUSED=fused,
         PRECISION="ieee" if x.dtype == torch.float32 else "tf32", PDL=pdl, **launch_options(chosen.warps, pdl),

@@ -137,7 +137,7 @@ def _launch_matvec(x: Tensor, matrix: Matrix, norm: Norm | None, out: tuple[Tens
     chosen = triton_matvec.plan(matrix, mode)
     n, k = _outputs(matrix, mode), matrix.columns
     group = triton_matvec.group_of(matrix)
-    pdl = chosen.pdl and pdl_works(x.device)
+    pdl = pdl_works(x.device)
     triton_matvec.matvec[triton.cdiv(n, chosen.block_rows),](
         x, matrix.weight, matrix.weight if matrix.scale is None else matrix.scale,
         matrix.weight if norm is None else norm.weight, out[0], out[-2 if len(out) > 1 else 0], out[-1],

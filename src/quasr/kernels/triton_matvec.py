@@ -27,12 +27,11 @@ DEEP = 4
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """block_rows outputs a program; block_columns a step; warps a program; pdl: programmatic dependent launch."""
+    """block_rows outputs a program; block_columns a step; warps a program."""
 
     block_rows: int
     block_columns: int
     warps: int
-    pdl: bool
 
 
 @triton.jit
@@ -220,4 +219,4 @@ def plan(matrix: Matrix, mode: int) -> Plan:
     """How a product is cut into programs."""
     bits = 32 if matrix.weight.dtype == torch.float32 else matrix.bits
     rows, warps = CUTS[bits][DEEP if mode == ADD and matrix.columns > matrix.rows else mode]
-    return Plan(rows, block_columns(matrix), warps, True)
+    return Plan(rows, block_columns(matrix), warps)
