@@ -200,6 +200,8 @@ def test_one_clip_or_a_group_can_be_cancelled_at_any_time() -> None:
             found.update(engine.step())
         engine.cancel(kept[1])
         engine.cancel("gone")
+        still = {kept[index] for index in (0, 2, 3)} - set(found)
+        assert engine._scheduler.running + engine._scheduler.waiting == len(still)
         left = drain(engine)
         assert not set(left) & set(gone)
         found.update(left)

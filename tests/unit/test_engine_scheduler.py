@@ -194,21 +194,50 @@ def test_results_can_be_put_in_order_and_runs_repeat(raw: list[tuple[int, float,
 
 
 @settings(max_examples=100, deadline=None)
-@given(arrivals, st.integers(1, 12))
-def test_cancel_frees_everything_of_its_group(raw: list[tuple[int, float, int, int, int]], rows: int) -> None:
+@given(arrivals, st.integers(1, 12), st.randoms(use_true_random=False))
+def test_cancel_frees_all_that_a_clip_has(
+    raw: list[tuple[int, float, int, int, int]], rows: int, dice: random.Random
+) -> None:
+    """Whatever is cancelled in whatever order, the others run, and nothing is held when all are gone."""
     scheduler = Scheduler(1500, rows)
     tickets = [one.ticket for one in numbered(raw)]
     for ticket in tickets:
         scheduler.submit(ticket, 0.0)
     running = {one.ticket for one in scheduler.admit(0.0)}
-    for group in range(4):
-        gone = scheduler.cancel(group)
-        assert {one.ticket for one in gone} == {ticket for ticket in running if ticket.group == group}
-        assert scheduler.cancel(group) == []
-    assert (scheduler.running, scheduler.waiting) == (0, 0)
+    gone = [ticket for ticket in tickets if dice.random() < 0.5]
+    dice.shuffle(gone)
+    for ticket in gone:
+        scheduler.cancel(ticket, 0.0)
+        with pytest.raises(KeyError):
+            scheduler.cancel(ticket, 0.0)
+    left = set(tickets) - set(gone)
+    running -= set(gone)
+    assert (scheduler.running, scheduler.waiting) == (len(running), len(left) - len(running))
+    while left:
+        running |= {one.ticket for one in scheduler.admit(0.0)}
+        assert running <= left
+        ended = running.pop()
+        scheduler.finish(ended)
+        left.remove(ended)
     whole = Ticket("whole", 0, 1500, 0)
     scheduler.submit(whole, 0.0)
     assert scheduler.admit(0.0) == [Admission(whole, 0, 0)]
+
+
+def test_cancelling_an_overdue_clip_lets_the_others_pass() -> None:
+    """What came behind it has not waited so long, and is not served as if it had."""
+    scheduler, late = Scheduler(100, 4), PATIENCE + 1
+    running, overdue, behind = Ticket("a", 0, 30, 30), Ticket("b", 0, 30, 20), Ticket("b", 1, 30, 19)
+    small = Ticket("c", 0, 10, 10)
+    for ticket in (running, overdue, behind):
+        scheduler.submit(ticket, 0.0)
+    assert [one.ticket for one in scheduler.admit(0.0)] == [running]
+    scheduler.submit(small, late)
+    assert scheduler.admit(late) == []
+    scheduler.cancel(overdue, late)
+    assert [one.ticket for one in scheduler.admit(late)] == [small]
+    scheduler.cancel(running, late)
+    assert [one.ticket for one in scheduler.admit(late)] == [behind]
 
 
 @settings(max_examples=100, deadline=None)
@@ -253,7 +282,8 @@ def test_what_can_never_fit_is_refused_at_once() -> None:
     scheduler = Scheduler(100, 2)
     with pytest.raises(ResourceError, match=r"needs 101 cache positions and the cache has 100: use shorter pieces"):
         scheduler.submit(Ticket("a", 0, 60, 41), 0.0)
-    assert scheduler.cancel("a") == []
+    with pytest.raises(KeyError):
+        scheduler.cancel(Ticket("a", 0, 60, 41), 0.0)
     scheduler.submit(Ticket("a", 0, 60, 40), 0.0)
     with pytest.raises(ValueError, match="clip 0 of 'a' is here already"):
         scheduler.submit(Ticket("a", 0, 1, 1), 0.0)

@@ -172,9 +172,7 @@ class FastEngine(Reporting):
         for clip in gone:
             clip.over = True
             del self._clips[clip.ticket.number]
-            # Those that only wait are let go when their turn comes.
-            if clip.offset is not None:
-                self._scheduler.finish(clip.place)
+            self._scheduler.cancel(clip.place, time.monotonic())
         self._starting = [clip for clip in self._starting if not clip.over]
         if gone:
             with torch.inference_mode():
@@ -222,12 +220,9 @@ class FastEngine(Reporting):
     def _admit(self) -> None:
         """Encodes and prefills the clips that fit now."""
         for admission in self._scheduler.admit(time.monotonic()):
-            clip = self._clips.get(admission.ticket.index)
-            if clip is None:
-                self._scheduler.finish(admission.ticket)
-            else:
-                clip.offset = admission.offset
-                self._starting.append(clip)
+            clip = self._clips[admission.ticket.index]
+            clip.offset = admission.offset
+            self._starting.append(clip)
         if self._starting and self._fit_cache():
             starting, self._starting = self._starting, []
             self._fit_rows(starting)

@@ -1,8 +1,8 @@
 """Continuous batching: which clip may start when, in which row, and where in the cache. Pure; the clock is passed in.
 
 An engine's thread submits clips, and then repeats: `admit`, prefill what was admitted, some decode steps, `finish`
-the rows that stopped. A clip's cache is one region of its prompt and token budget, so that an admitted clip always
-runs to its end: nothing is ever evicted or computed twice.
+the rows that stopped; `cancel` takes a clip back at any time. A clip's cache is one region of its prompt and token
+budget, so that an admitted clip always runs to its end: nothing is ever evicted or computed twice.
 
 Order. Between groups (files, requests): the one that holds the least of the cache goes first, so that a big job leaves
 the next free region to a small request that came later. Inside a group: the longest first, because a long clip that
@@ -176,17 +176,20 @@ class Scheduler:
         group = self._groups[ticket.group]
         self._release(group, group.running.pop(ticket.index))
         group.known.remove(ticket.index)
-        if not group.known:
-            del self._groups[ticket.group]
+        self._forget_empty(ticket.group)
 
-    def cancel(self, group: Hashable) -> list[Admission]:
-        """Forgets a group's clips, waiting and running; returns those that ran, whose rows are free now."""
-        gone = self._groups.pop(group, None)
-        if gone is None:
-            return []
-        for admission in gone.running.values():
-            self._release(gone, admission)
-        return list(gone.running.values())
+    def cancel(self, ticket: Ticket, now: float) -> None:
+        """Forgets a clip, waiting or running, and frees what it holds. Raises KeyError for any other."""
+        group = self._groups[ticket.group]
+        if ticket.index in group.running:
+            self.finish(ticket)
+            return
+        group.known.remove(ticket.index)
+        index = next(index for index, one in enumerate(group.waiting) if one.ticket.index == ticket.index)
+        del group.waiting[index]
+        if index == 0:
+            group.since = now
+        self._forget_empty(ticket.group)
 
     def _next(self, now: float) -> Admission | None:
         largest = self._pool.largest
@@ -219,6 +222,10 @@ class Scheduler:
         if index == 0:
             group.since = now
         return admission
+
+    def _forget_empty(self, name: Hashable) -> None:
+        if not self._groups[name].known:
+            del self._groups[name]
 
     def _release(self, group: Group, admission: Admission) -> None:
         heapq.heappush(self._rows, admission.row)
