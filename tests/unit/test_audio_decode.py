@@ -123,13 +123,38 @@ def test_float_files_keep_values_beyond_one() -> None:
         (np.dtype(">i2"), [-32768, 0, 16384], [-1.0, 0.0, 0.5]),
         (np.uint16, [0, 32768, 49152], [-1.0, 0.0, 0.5]),
         (np.int32, [-(2**31), 0, 2**30], [-1.0, 0.0, 0.5]),
-        (np.int64, [-(2**63), 0, 2**62], [-1.0, 0.0, 0.5]),
+        (np.int64, [-32768, 0, 16384], [-1.0, 0.0, 0.5]),
+        (np.dtype(">i8"), [-32768, 0, 16384], [-1.0, 0.0, 0.5]),
         (np.float16, [-1.0, 0.0, 0.5], [-1.0, 0.0, 0.5]),
         (np.float64, [-2.0, 0.0, 0.5], [-2.0, 0.0, 0.5]),
     ],
 )
 def test_array_types_are_scaled(dtype: np.dtype, values: list[float], expected: list[float]) -> None:
     np.testing.assert_array_equal(load((np.array(values, dtype=dtype), 16_000)), np.array(expected, np.float32))
+
+
+@pytest.mark.parametrize("first", [0, 20_000])
+def test_what_numpy_makes_of_sixteen_bits_is_not_taken_for_silence(first: int) -> None:
+    """The whole array decides, not the block of it at hand."""
+    samples = (tone(20.0, 16_000) * 32767).astype(np.int16)
+    samples[:first] = 0
+    np.testing.assert_array_equal(load((np.array(samples.tolist()), 16_000)), load((samples, 16_000)))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "values"),
+    [
+        (np.int64, [0, 32768]),
+        (np.int64, [-32769, 0]),
+        (np.int64, [-(2**63), 2**62]),
+        (np.uint32, [0, 1000]),
+        (np.uint64, [0, 2**64 - 1]),
+    ],
+)
+def test_integers_of_unknown_full_scale_are_refused(dtype: np.dtype, values: list[int]) -> None:
+    with pytest.raises(AudioDecodeError, match=f"values from {values[0]} to {values[1]}, whose full scale") as error:
+        load((np.array(values, dtype=dtype), 16_000))
+    one_line(error)
 
 
 def test_array_shapes() -> None:

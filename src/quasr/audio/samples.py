@@ -47,6 +47,24 @@ def by_channel(array: NDArray[Any], name: str) -> NDArray[Any]:
     return columns
 
 
+def of_audio_type(array: NDArray[Any], name: str) -> NDArray[Any]:
+    """An array in a type that says how loud full scale is; floats and int8 to int32 do.
+
+    No program writes 64-bit audio: an int64 array is what numpy makes of a list of numbers, or of arithmetic. By its
+    type 16-bit samples in it would be silence, so they are taken for what they are. Raises AudioDecodeError for larger
+    ones, and for uint32 and uint64.
+    """
+    if array.dtype.kind not in "iu" or array.dtype.itemsize < 4 or array.dtype == np.int32 or not array.size:
+        return array
+    sixteen, peak = np.iinfo(np.int16), (int(array.min()), int(array.max()))
+    if array.dtype.kind == "i" and sixteen.min <= peak[0] and peak[1] <= sixteen.max:
+        return array.astype(np.int16)
+    raise AudioDecodeError(
+        f"{name} holds {array.dtype} values from {peak[0]} to {peak[1]}, whose full scale nobody knows: "
+        "convert it to int16, int32, or floats between -1 and 1"
+    )
+
+
 def to_mono(values: NDArray[Any], name: str) -> NDArray[np.float32]:
     """(samples, channels) of any real type -> (samples,) float32, the mean of the channels.
 
