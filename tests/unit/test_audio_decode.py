@@ -142,6 +142,20 @@ def test_what_numpy_makes_of_sixteen_bits_is_not_taken_for_silence(first: int) -
 
 
 @pytest.mark.parametrize(
+    ("dtype", "values", "expected"),
+    [
+        (np.float32, [-256.0, 0.5], [-256.0, 0.5]),
+        (np.float32, [-16384.0, 8192.0], [-0.5, 0.25]),
+        (np.float16, [16384.0, -40000.0], [0.5, -40000 / 32768]),
+        (np.float64, [2.0**30, -(2.0**31)], [0.5, -1.0]),
+        (np.float64, [2.0**22, 0.0], [2.0**-9, 0.0]),
+    ],
+)
+def test_floats_that_were_integers_are_scaled(dtype: np.dtype, values: list[float], expected: list[float]) -> None:
+    np.testing.assert_allclose(load((np.array(values, dtype=dtype), 16_000)), expected, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
     ("dtype", "values"),
     [
         (np.int64, [0, 32768]),

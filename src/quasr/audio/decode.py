@@ -13,7 +13,7 @@ import numpy as np
 
 from quasr.audio.container import ByteReader, Damage, blocks
 from quasr.audio.fetch import DEFAULT_LIMITS, FetchLimits, fetch
-from quasr.audio.samples import Resampler, by_channel, check_rate, of_audio_type, to_mono
+from quasr.audio.samples import Resampler, by_channel, check_rate, to_mono, with_known_scale
 from quasr.audio.source import AudioInput, Kind, kind_of, name_of, path_of
 from quasr.audio.spool import reading, spool
 from quasr.errors import AudioDecodeError, AudioNotFoundError, EmptyAudioError, OptionError
@@ -78,7 +78,7 @@ def stream(
 
 def _array_blocks(source: tuple[NDArray[Any], int], name: str) -> Iterator[NDArray[np.float32]]:
     rate = check_rate(source[1], name)
-    values = of_audio_type(by_channel(source[0], name), name)
+    values = with_known_scale(by_channel(source[0], name), name)
     resampler = Resampler()
     for start in range(0, len(values), ARRAY_BLOCK):
         yield from resampler.feed(to_mono(values[start : start + ARRAY_BLOCK], name), rate)

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 MAX_ABS = 2.0**31
 """Largest |x| of any integer format taken as float; its power spectrum still fits in float32."""
+MOST_OVERDRIVEN, MOST_OF_16_BITS = 2.0**8, 2.0**20
+"""Peaks of a float array: up to the first (48 dB too loud) it is one; up to the second its values were of 16 bits, with
+room for sums of channels; beyond that of 24 or 32."""
 MAX_CHANNELS = 64
 MIN_RATE, MAX_RATE = 1_000, 6_000_000
 """Hz. Below, a few bytes would grow into gigabytes of samples; above, nothing records."""
@@ -47,22 +50,34 @@ def by_channel(array: NDArray[Any], name: str) -> NDArray[Any]:
     return columns
 
 
-def of_audio_type(array: NDArray[Any], name: str) -> NDArray[Any]:
-    """An array in a type that says how loud full scale is; floats and int8 to int32 do.
+def with_known_scale(array: NDArray[Any], name: str) -> NDArray[Any]:
+    """An array of which the type says what full scale is: 1.0 of floats, of integers the type's own range.
 
-    No program writes 64-bit audio: an int64 array is what numpy makes of a list of numbers, or of arithmetic. By its
-    type 16-bit samples in it would be silence, so they are taken for what they are. Raises AudioDecodeError for larger
-    ones, and for uint32 and uint64.
+    64-bit audio does not exist: an int64 array is what numpy makes of lists and of arithmetic, and by its type 16-bit
+    samples would be silence. Floats that were integers (`astype(float)`) are far beyond what a model knows. Both are
+    taken for what they were. Raises AudioDecodeError for larger int64 values, and for uint32 and uint64.
     """
-    if array.dtype.kind not in "iu" or array.dtype.itemsize < 4 or array.dtype == np.int32 or not array.size:
+    if not array.size or array.dtype.kind not in "fiu":
         return array
-    sixteen, peak = np.iinfo(np.int16), (int(array.min()), int(array.max()))
-    if array.dtype.kind == "i" and sixteen.min <= peak[0] and peak[1] <= sixteen.max:
+    low, high = array.min(), array.max()
+    if array.dtype.kind == "f":
+        return _as_unit(array, float(max(-low, high)))
+    if array.dtype.itemsize < 4 or array.dtype == np.int32:
+        return array
+    if array.dtype.kind == "i" and np.iinfo(np.int16).min <= low and high <= np.iinfo(np.int16).max:
         return array.astype(np.int16)
     raise AudioDecodeError(
-        f"{name} holds {array.dtype} values from {peak[0]} to {peak[1]}, whose full scale nobody knows: "
+        f"{name} holds {array.dtype} values from {low} to {high}, whose full scale nobody knows: "
         "convert it to int16, int32, or floats between -1 and 1"
     )
+
+
+def _as_unit(array: NDArray[Any], peak: float) -> NDArray[Any]:
+    """Floats with the scale of integers, to about 1; what is out of any range (NaN, too) is refused later."""
+    if not MOST_OVERDRIVEN < peak <= MAX_ABS:
+        return array
+    full = 2.0**15 if peak <= MOST_OF_16_BITS else 2.0**31
+    return np.divide(array, full, dtype=np.promote_types(array.dtype, np.float32))
 
 
 def to_mono(values: NDArray[Any], name: str) -> NDArray[np.float32]:
