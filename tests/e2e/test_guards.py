@@ -168,8 +168,8 @@ def second_engines(monkeypatch: pytest.MonkeyPatch) -> list[Engine]:
 
 def with_a_fault(loaded: quasr.Transcriber, sample: NDArray[np.float32]) -> tuple[quasr.Transcript, Faulty]:
     """The sample through a transcriber whose first answer loops."""
-    faulty = Faulty(loaded._engine)
-    loaded._engine = faulty
+    faulty = Faulty(loaded._engine.engine)
+    loaded._engine.engine = faulty
     return loaded.transcribe((sample, RATE)), faulty
 
 

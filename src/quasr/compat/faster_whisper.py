@@ -16,7 +16,6 @@ import zlib
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from threading import Lock
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
@@ -96,7 +95,7 @@ class TranscriptionInfo:
 
 
 class WhisperModel:
-    """A Qwen3-ASR model behind faster-whisper's interface. Threads may share it: they take turns batch by batch."""
+    """A Qwen3-ASR model behind faster-whisper's interface. Threads may share it: they take turns."""
 
     def __init__(
         self,
@@ -128,7 +127,6 @@ class WhisperModel:
         )
         where = _device(device, device_index)
         self._transcriber = load(model_size_or_path, device=where, dtype=dtype, compute_type=ours, hub=hub)
-        self._turn = Lock()
 
     @property
     def supported_languages(self) -> list[str]:
@@ -192,19 +190,11 @@ class WhisperModel:
         self, audio: str | BinaryIO | NDArray[Any], overrides: dict[str, Any]
     ) -> tuple[Iterator[Segment], TranscriptionInfo]:
         samples = decode((audio, SAMPLE_RATE) if isinstance(audio, np.ndarray) else audio)
-        options, segments = TranscribeOptions(**overrides), self._segments(samples, overrides)
+        options = TranscribeOptions(**overrides)
+        segments = self._transcriber.stream_segments((samples, SAMPLE_RATE), **overrides)
         first = next(segments, None) if options.language is None else None
         info = _info(options, first, len(samples) / SAMPLE_RATE)
         return map(_segment, segments if first is None else chain([first], segments)), info
-
-    def _segments(self, samples: NDArray[np.float32], overrides: dict[str, Any]) -> Iterator[types.Segment]:
-        segments = self._transcriber.stream_segments((samples, SAMPLE_RATE), **overrides)
-        while True:
-            with self._turn:
-                segment = next(segments, None)
-            if segment is None:
-                return
-            yield segment
 
     def _language(self, language: str | None) -> str | None:
         try:

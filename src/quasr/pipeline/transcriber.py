@@ -17,6 +17,7 @@ from quasr.pipeline.engines import Source, second_tries, stop_ids, torch_engine
 from quasr.pipeline.onnx import EngineWish, choose_engine, onnx_engine, onnx_retry, torch_reason
 from quasr.pipeline.planning import Precision, plan_folder
 from quasr.pipeline.retry import SAME_WEIGHTS
+from quasr.pipeline.shared import Lender, SharedEngine
 from quasr.pipeline.transcribe import Setup, stream_segments, transcribe
 from quasr.quant.recipe import recipe_for
 from quasr.text.languages import LANGUAGES
@@ -158,7 +159,7 @@ class _Asked:
 
 
 class Transcriber:
-    """A loaded model. Usable as a context manager; not thread-safe.
+    """A loaded model. Usable as a context manager, and by several threads at once, whose calls take turns.
 
     with quasr.load("demo") as transcriber:
         print(transcriber.transcribe("talk.mp3").text)
@@ -176,8 +177,8 @@ class Transcriber:
         """`retry`: what second tries run on. `most`: what a memory plan allows at once; the defaults keep to it."""
         chosen = defaults or TranscribeOptions()
         self.defaults = replace(chosen, piece_seconds=most.seconds, batch_size=most.batch) if most else chosen
-        self._engine = engine
-        self._retry = retry
+        self._engine = SharedEngine(engine)
+        self._retry = retry if retry.make is None else replace(retry, make=Lender(retry.make))
         self._most = most
         self._tokenizer = tokenizer
         self._config = config
@@ -185,12 +186,12 @@ class Transcriber:
     @property
     def info(self) -> EngineInfo:
         """What runs, where, in what precision, and why."""
-        return self._engine.info
+        return self._engine.engine.info
 
     @property
     def stats(self) -> EngineStats:
         """Seconds and tokens of this engine. Second tries in 16 bits are in the transcripts' timings alone."""
-        return self._engine.stats
+        return self._engine.engine.stats
 
     @property
     def languages(self) -> tuple[str, ...]:
@@ -226,7 +227,7 @@ class Transcriber:
         **overrides: object,
     ) -> Iterator[Transcript | AudioError]:
         """A transcript for each input, lazily and in order; an input that fails gives its AudioError in its place."""
-        return transcribe(self._engine, self._setup(options, overrides, limits), audios, progress)
+        return transcribe(self._engine.client(), self._setup(options, overrides, limits), audios, progress)
 
     def stream_segments(
         self,
@@ -241,7 +242,7 @@ class Transcriber:
 
         Options are checked at once. An AudioError comes after the segments before the place that cannot be read.
         """
-        return stream_segments(self._engine, self._setup(options, overrides, limits), audio, progress)
+        return stream_segments(self._engine.client(), self._setup(options, overrides, limits), audio, progress)
 
     def _setup(
         self, options: TranscribeOptions | None, overrides: dict[str, object], limits: FetchLimits | None
@@ -260,7 +261,8 @@ class Transcriber:
         )
 
     def close(self) -> None:
-        """Gives the memory back; the transcriber cannot be used afterwards."""
+        """Gives the memory back. The transcriber cannot be used afterwards: that is a RuntimeError, in calls that other
+        threads are in the midst of, too."""
         self._engine.close()
 
     def __enter__(self) -> Self:

@@ -1,0 +1,298 @@
+"""Several callers of one engine: everybody gets his own results, in turn, and nobody waits for ever."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from quasr.engine.base import BatchQueue, ClipRequest, ClipResult, EngineInfo, EngineStats, Ticket
+from quasr.errors import ModelError, ResourceError
+from quasr.pipeline.feed import answers
+from quasr.pipeline.shared import Client, Lender, SharedEngine
+from quasr.pipeline.turns import Turns
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Iterator, Sequence
+
+SICK = 13
+"""A clip of so many samples fails the engine, one of twice as many is interrupted."""
+
+
+class Double(BatchQueue):
+    """Ends its oldest two clips in each step. The token of a clip is its number of samples. Fails if used at once by
+    two."""
+
+    def __init__(self, in_flight: int) -> None:
+        super().__init__()
+        self.info = EngineInfo("double", "cpu", "fp32", 0, in_flight=in_flight)
+        self.stats = EngineStats()
+        self.closed = False
+        self.steps = 0
+        self._inside = threading.Lock()
+
+    def run(self, requests: Sequence[ClipRequest]) -> list[ClipResult]:
+        assert not self.closed
+        assert self._inside.acquire(blocking=False), "two threads at once"
+        try:
+            time.sleep(0.0005)
+            self.stats.generate_seconds += len(requests)
+            return [self._answer(request) for request in requests]
+        finally:
+            self._inside.release()
+
+    def step(self) -> list[tuple[Ticket, ClipResult]]:
+        self.steps += 1
+        sick = [ticket for ticket, request in self._waiting.items() if len(request.samples) in (SICK, 2 * SICK)]
+        chosen = sick or sorted(self._waiting, key=lambda one: one.number)[:2]
+        try:
+            found = self.run([self._waiting[ticket] for ticket in chosen])
+        except BaseException:
+            self._waiting = {}
+            raise
+        for ticket in chosen:
+            del self._waiting[ticket]
+        return list(zip(chosen, found, strict=True))
+
+    def close(self) -> None:
+        self.closed = True
+
+    @staticmethod
+    def _answer(request: ClipRequest) -> ClipResult:
+        if len(request.samples) == SICK:
+            raise ModelError("thirteen")
+        if len(request.samples) == 2 * SICK:
+            raise KeyboardInterrupt
+        return ClipResult((len(request.samples),), (-0.1,), "stop")
+
+
+@dataclass(frozen=True)
+class Numbered:
+    number: int
+
+    @property
+    def request(self) -> ClipRequest:
+        return ClipRequest(np.zeros(self.number, np.float32), (1,), (2,), 5)
+
+
+def numbered(first: int, count: int) -> Generator[Numbered, None, None]:
+    for number in range(first, first + count):
+        yield Numbered(number)
+
+
+def flat(given: Iterator[tuple[Any, list[ClipResult]]]) -> Iterator[int]:
+    for _, results in given:
+        for result in results:
+            yield result.tokens[0]
+
+
+IN_FLIGHT = pytest.mark.parametrize("in_flight", [0, 6])
+
+
+@IN_FLIGHT
+def test_many_threads_get_their_own_results(in_flight: int) -> None:
+    shared = SharedEngine(Double(in_flight))
+    with ThreadPoolExecutor(12) as pool:
+        found = list(pool.map(lambda k: list(flat(answers(shared.client(), numbered(1000 * k, 30), 4))), range(1, 13)))
+    assert found == [list(range(1000 * k, 1000 * k + 30)) for k in range(1, 13)]
+    assert not shared.owners
+
+
+@IN_FLIGHT
+def test_half_read_generators_of_one_thread_do_not_wait_for_each_other(in_flight: int) -> None:
+    shared = SharedEngine(Double(in_flight))
+    both = [flat(answers(shared.client(), numbered(first, 20), 3)) for first in (100, 200)]
+    found = [[next(one) for one in both] for _ in range(10)]
+    assert found == [[100 + n, 200 + n] for n in range(10)]
+    assert list(both[1]) == list(range(210, 220))
+    assert list(both[0]) == list(range(110, 120))
+
+
+def test_a_generator_that_is_dropped_takes_its_clips_back_at_the_next_turn() -> None:
+    shared = SharedEngine(Double(6))
+    dropped = flat(answers(shared.client(), numbered(100, 20), 1))
+    assert next(dropped) == 100
+    assert shared.owners
+    del dropped
+    gc.collect()
+    assert list(flat(answers(shared.client(), numbered(200, 3), 1))) == [200, 201, 202]
+    assert not shared.owners
+
+
+def test_what_fails_the_engine_is_told_to_all_whose_clips_were_lost() -> None:
+    engine = Double(6)
+    shared = SharedEngine(engine)
+    other, idle = flat(answers(shared.client(), numbered(100, 20), 3)), shared.client()
+    assert next(other) == 100
+    with pytest.raises(ModelError, match="thirteen"):
+        list(flat(answers(shared.client(), numbered(SICK, 1), 1)))
+    with pytest.raises(ModelError, match="thirteen"):
+        list(other)
+    assert idle.run([Numbered(5).request])[0].tokens == (5,)
+    assert list(flat(answers(shared.client(), numbered(300, 4), 2))) == [300, 301, 302, 303]
+
+
+def test_another_thread_s_interrupt_is_an_error_of_one_line() -> None:
+    shared = SharedEngine(Double(6))
+    other = flat(answers(shared.client(), numbered(100, 20), 3))
+    assert next(other) == 100
+    with pytest.raises(KeyboardInterrupt):
+        list(flat(answers(shared.client(), numbered(2 * SICK, 1), 1)))
+    with pytest.raises(ResourceError, match="stopped together with another thread's: transcribe it again"):
+        list(other)
+
+
+@IN_FLIGHT
+def test_a_batch_beside_the_running_clips_gets_its_own_results(in_flight: int) -> None:
+    """As second tries do. A batch that fails to start leaves the running clips alone."""
+    shared = SharedEngine(Double(in_flight))
+    client = shared.client()
+    running = flat(answers(client, numbered(100, 20), 3))
+    assert next(running) == 100
+    assert [one.tokens[0] for one in client.run([Numbered(n).request for n in (7, 8, 9)])] == [7, 8, 9]
+    assert list(running) == list(range(101, 120))
+
+
+def test_a_clip_that_is_refused_takes_its_batch_back() -> None:
+    class Small(Double):
+        def submit(self, request: ClipRequest, group: Any = 0) -> Ticket:
+            if len(request.samples) > 50:
+                raise ResourceError("too long")
+            return super().submit(request, group)
+
+    shared = SharedEngine(Small(6))
+    client = shared.client()
+    with pytest.raises(ResourceError, match="too long"):
+        client.run([Numbered(5).request, Numbered(60).request])
+    assert client.run([Numbered(4).request])[0].tokens == (4,)
+    assert not shared.owners
+
+
+@IN_FLIGHT
+def test_each_has_the_cost_of_his_own_steps(in_flight: int) -> None:
+    engine = Double(in_flight)
+    shared = SharedEngine(engine)
+    clients = [shared.client() for _ in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda client: list(flat(answers(client, numbered(100, 12), 3))), clients))
+    assert sum(client.stats.generate_seconds for client in clients) == engine.stats.generate_seconds == 48
+    if not in_flight:
+        assert [client.stats.generate_seconds for client in clients] == [12] * 4
+
+
+@IN_FLIGHT
+def test_a_closed_engine_says_so_to_all(in_flight: int) -> None:
+    engine = Double(in_flight)
+    shared = SharedEngine(engine)
+    running = flat(answers(shared.client(), numbered(100, 20), 3))
+    assert next(running) == 100
+    shared.close()
+    shared.close()
+    assert engine.closed
+    with pytest.raises(RuntimeError, match="closed: load the model again"):
+        list(running)
+    with pytest.raises(RuntimeError, match="closed"):
+        shared.client().run([Numbered(1).request])
+
+
+def test_one_engine_is_lent_to_all_who_need_it_at_a_time() -> None:
+    made: list[Double] = []
+
+    def make() -> Double:
+        time.sleep(0.01)
+        made.append(Double(0))
+        return made[-1]
+
+    lender = Lender(make)
+    with ThreadPoolExecutor(8) as pool:
+        clients = list(pool.map(lambda _: lender(), range(8)))
+    assert len(made) == 1
+    for client in clients[1:]:
+        client.close()
+    assert not made[0].closed
+    assert clients[0].run([Numbered(3).request])[0].tokens == (3,)
+    clients[0].close()
+    assert made[0].closed
+    assert lender().run([Numbered(4).request])[0].tokens == (4,)
+    assert [engine.closed for engine in made] == [True, False]
+
+
+def test_an_engine_that_cannot_be_made_is_asked_for_again() -> None:
+    answers_of_make = [ResourceError("no room"), None]
+
+    def make() -> Double:
+        error = answers_of_make.pop(0)
+        if error:
+            raise error
+        return Double(0)
+
+    lender = Lender(make)
+    with pytest.raises(ResourceError, match="no room"):
+        lender()
+    assert isinstance(lender(), Client)
+
+
+def test_turns_come_in_the_order_of_asking() -> None:
+    """A plain lock is nearly always taken again by the thread that has it."""
+    turns, order = Turns(), list[int]()
+    rest = threading.Event()
+
+    def work(number: int) -> None:
+        for _ in range(20):
+            with turns:
+                order.append(number)
+                rest.wait(0.0005)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(3)]
+    with turns:
+        for thread in threads:
+            thread.start()
+        wait_until(lambda: len(turns._waiting) == 3)
+    for thread in threads:
+        thread.join(10)
+    assert sorted(order) == sorted([0, 1, 2] * 20)
+    assert all(sorted(order[at : at + 3]) == [0, 1, 2] for at in range(0, 54, 3))
+
+
+def test_who_is_interrupted_while_he_waits_gives_his_turn_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both before the turn has come and in the moment when it comes."""
+    for comes in (False, True):
+        turns, real = Turns(), threading.Lock
+
+        class Interrupted:
+            def __init__(self, turns: Turns = turns, comes: bool = comes) -> None:
+                self.asked, self.turns, self.comes = 0, turns, comes
+
+            def acquire(self) -> None:
+                self.asked += 1
+                if self.asked == 2:
+                    if self.comes:
+                        self.turns.__exit__()
+                    raise KeyboardInterrupt
+
+            def release(self) -> None:
+                """The turn is handed over."""
+
+        with monkeypatch.context() as patch:
+            turns.__enter__()
+            patch.setattr("quasr.pipeline.turns.threading.Lock", Interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                turns.__enter__()
+        assert threading.Lock is real
+        if not comes:
+            turns.__exit__()
+        with turns:
+            assert not turns._waiting
+
+
+def wait_until(true: Any) -> None:
+    deadline = time.monotonic() + 10
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
