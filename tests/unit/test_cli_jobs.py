@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -181,6 +182,75 @@ def test_the_journal_counts_what_has_all_its_files(tmp_path: Path) -> None:
     assert Journal(tmp_path / "new").key("b") is None
     (folder / "a.srt").unlink()
     assert Journal(tmp_path / "new").key("sub/a") is None
+
+
+def rerun_does(folder: Path, key: str) -> bool:
+    return Journal(folder).key("a") != key
+
+
+def test_runs_with_other_options_in_one_folder_record_what_is_there(tmp_path: Path) -> None:
+    """The second waits until the first has written and recorded its files: else its key could stand beside theirs."""
+    first, second, path = Journal(tmp_path), Journal(tmp_path), tmp_path / "a.txt"
+
+    def run_second() -> None:
+        with second.writing("a", "k2", {"a.txt": "two"}):
+            path.write_text("two")
+
+    beside = threading.Thread(target=run_second)
+    with first.writing("a", "k1", {"a.txt": "one"}):
+        beside.start()
+        beside.join(0.1)
+        assert beside.is_alive()
+        path.write_text("one")
+    beside.join(5)
+    first.close()
+    second.close()
+    assert path.read_text() == "two"
+    assert rerun_does(tmp_path, "k1")
+    assert not rerun_does(tmp_path, "k2")
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        "b1 b2 w1 e1",
+        "b1 b2 w2 e2 w1 e1",
+        "b1 b2 w2 w1 e1",
+        "b1 b2 w1 w2 e2 e1",
+        "b1 w1 b2 e1 w2 e2",
+        "b1 b2 w2 w1 e1 e2",
+    ],
+)
+def test_without_locks_the_hashes_decide_between_two_runs(tmp_path: Path, order: str) -> None:
+    """b: begin, w: write, e: end, of run 1 or 2; a run that does not end is killed."""
+    runs, path = {"1": Journal(tmp_path), "2": Journal(tmp_path)}, tmp_path / "a.txt"
+    path.write_text("")
+    for what, number in order.split():
+        if what == "b":
+            runs[number].begin("a", f"k{number}", {"a.txt": number})
+        elif what == "w":
+            path.write_text(number)
+        else:
+            runs[number].end("a")
+    for journal in runs.values():
+        journal.close()
+    for number in runs:
+        assert rerun_does(tmp_path, f"k{number}") or path.read_text() == number
+
+
+def test_a_text_without_a_key_outdates_the_lines_of_its_name(tmp_path: Path) -> None:
+    """As standard input's does that of a file called stdin.wav."""
+    journal = Journal(tmp_path)
+    with journal.writing("a", None, {"a.txt": "one"}):
+        (tmp_path / "a.txt").write_text("one")
+    assert not (tmp_path / JOURNAL_FILE).exists()
+    with journal.writing("a", "k1", {"a.txt": "two"}):
+        (tmp_path / "a.txt").write_text("two")
+    assert not rerun_does(tmp_path, "k1")
+    with journal.writing("a", None, {"a.txt": "three"}):
+        (tmp_path / "a.txt").write_text("three")
+    journal.close()
+    assert rerun_does(tmp_path, "k1")
 
 
 def test_what_a_killed_run_left_half_written_is_swept_unless_somebody_works(tmp_path: Path) -> None:

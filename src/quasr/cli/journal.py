@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -47,7 +48,8 @@ class Journal:
     """The outputs of a folder that are complete: a line before the files are written, and one when they are there.
 
     After a crash between the two, the first line's hashes say whether the files are complete; files with both lines
-    may have been corrected by hand, and are left alone. A line that a crash cut off is passed over.
+    may have been corrected by hand, and are left alone. A line that a crash cut off is passed over. Of several runs in
+    one folder one at a time writes its lines and files, so that the last lines are those of the files that are there.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -66,6 +68,22 @@ class Journal:
             return record["key"] if all(path.is_file() for path in paths) else None
         return record["key"] if all(_hash(path) == digest for path, digest in paths.items()) else None
 
+    @contextmanager
+    def writing(self, name: str, key: str | None, texts: Mapping[str, str]) -> Iterator[None]:
+        """Around the writing of `texts`, by path below the folder. Without a key only that older lines about that name
+        count no more is written.
+
+        Raises OptionError where the journal cannot be written.
+        """
+        with self._telling():
+            self._folder.mkdir(parents=True, exist_ok=True)
+        with _held(self._folder):
+            if key is not None or self._path.is_file():
+                self.begin(name, key or "", texts)
+            yield
+            if key is not None:
+                self.end(name)
+
     def begin(self, name: str, key: str, texts: Mapping[str, str]) -> None:
         """Records what is about to be written: texts by path below the folder.
 
@@ -77,8 +95,9 @@ class Journal:
 
     def end(self, name: str) -> None:
         """Records that all of it is written. Raises OptionError where the journal cannot be."""
-        self._records[name]["done"] = True
-        self._write({"output": name, "done": True})
+        record = self._records[name]
+        record["done"] = True
+        self._write({"output": name, "key": record["key"], "done": True})
 
     def sweep(self, outputs: Iterable[str]) -> None:
         """Removes what a killed run of this job left half-written beside `outputs`, unless another run is at work here.
@@ -144,6 +163,21 @@ def _open(path: Path) -> IO[str]:
     return file
 
 
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Nobody else holds the folder meanwhile. Where there are no locks nobody knows."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:  # Windows opens no folder, and another system none that may not be listed
+        yield
+        return
+    try:
+        _lock(handle, "LOCK_EX")
+        yield
+    finally:
+        os.close(handle)
+
+
 def _alone(file: IO[str]) -> bool:
     """Whether nobody else holds the lock. Where there are no locks nobody knows."""
     alone = _lock(file, "LOCK_EX", "LOCK_NB")
@@ -166,7 +200,7 @@ def taken(file: IO[str]) -> bool:
     return False
 
 
-def _lock(file: IO[str], *kinds: str) -> bool:
+def _lock(file: IO[str] | int, *kinds: str) -> bool:
     if sys.platform == "win32":
         return False
     import fcntl
@@ -190,7 +224,9 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
         if "files" in record:
             records[record["output"]] = record
         elif "done" in record and record["output"] in records:
-            records[record["output"]]["done"] = True
+            begun = records[record["output"]]
+            # Without locks another run's files may have come between: then the hashes decide.
+            begun["done"] = begun.get("done", True) and record.get("key") == begun["key"]
     return records
 
 

@@ -124,12 +124,9 @@ class Files:
         from quasr.output import render, write_files
 
         name, style = PurePosixPath(item.name), self._style
-        if key is not None:
-            texts = {f"{name}.{fmt}": render(transcript, fmt, style.rules) for fmt in style.formats}
-            self._journal.begin(item.name, key, texts)
-        paths = write_files(transcript, self._folder / name.parent, name.name, style.formats, style.rules)
-        if key is not None:
-            self._journal.end(item.name)
+        texts = {f"{name}.{fmt}": render(transcript, fmt, style.rules) for fmt in style.formats}
+        with self._journal.writing(item.name, key, texts):
+            paths = write_files(transcript, self._folder / name.parent, name.name, style.formats, style.rules)
         for path in paths:
             note(f"wrote {path}")
 
