@@ -15,6 +15,7 @@ from quasr.audio.decode import load
 from quasr.engine import fast_engine
 from quasr.engine.base import ClipRequest, ClipResult, Ticket, token_budget
 from quasr.engine.device import Placement
+from quasr.engine.fast_audio import FastEncoder
 from quasr.engine.fast_engine import FastEngine, FastOptions
 from quasr.engine.torch_engine import TorchEngine
 from quasr.errors import ModelError, OptionError, ResourceError
@@ -268,7 +269,7 @@ def test_out_of_memory_gives_advice_and_the_engine_lives_on(monkeypatch: pytest.
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(model.encoder, "run", fail)
+        patch.setattr(FastEncoder, "run", fail)
         with pytest.raises(ResourceError, match="9 clips of up to 9 s: use a smaller batch"):
             engine.run(REQUESTS)
     assert engine.step() == []

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from quasr.engine.fast import FastDecoder
+from quasr.engine.fast_audio import FastEncoder
 from quasr.engine.graphs import PROMPT_TOKENS, WINDOW_ROWS, GraphedEncoder, GraphedPrefill, Graphs
 from quasr.kernels.dispatch import plain
 from quasr.model.config import AudioConfig, TextConfig
 from quasr.model.decoder import Decoder
-from quasr.model.encoder import STEM_SLICE, AudioEncoder
+from quasr.model.encoder import AudioEncoder
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,15 +41,19 @@ class Recorder:
         return run
 
 
-@pytest.mark.parametrize("frames", [[3000], [95], [801, 30, 2500], [800, 1600], [100] * 9])
+FULL = AUDIO.window_chunks * AUDIO.chunk_tokens
+
+
+@pytest.mark.parametrize("frames", [[3000], [95], [801, 30, 2500], [800, 1600], [100] * 9, [5] * 9])
 @torch.inference_mode()
 def test_padded_encoding_is_encoding(frames: list[int]) -> None:
     torch.manual_seed(len(frames))
     encoder, recorder = AudioEncoder(AUDIO).eval(), Recorder()
     mel = torch.randn(sum(frames), AUDIO.mel_bins)
-    found = GraphedEncoder(encoder, recorder).encode(mel, frames)
+    fast = FastEncoder.from_model(encoder, plain("a test"))
+    found = GraphedEncoder(fast, recorder).encode(mel, frames)
     torch.testing.assert_close(found, encoder.encode(mel, frames), rtol=1e-4, atol=1e-5)
-    assert {shape[0] for shape in recorder.shapes} <= {STEM_SLICE, *WINDOW_ROWS}
+    assert {shape[0] for shape in recorder.shapes} <= {fast.slice, *(FULL * rows for rows in WINDOW_ROWS)}
 
 
 @torch.inference_mode()
@@ -57,9 +62,10 @@ def test_more_windows_than_any_graph_has_run_plainly() -> None:
     encoder, recorder = AudioEncoder(AUDIO).eval(), Recorder()
     frames = [AUDIO.window_frames] * (WINDOW_ROWS[-1] + 1)
     mel = torch.randn(sum(frames), AUDIO.mel_bins)
-    found = GraphedEncoder(encoder, recorder).encode(mel, frames)
+    fast = FastEncoder.from_model(encoder, plain("a test"))
+    found = GraphedEncoder(fast, recorder).encode(mel, frames)
     torch.testing.assert_close(found, encoder.encode(mel, frames), rtol=1e-4, atol=1e-5)
-    assert {shape[0] for shape in recorder.shapes} == {STEM_SLICE}
+    assert {shape[0] for shape in recorder.shapes} == {fast.slice}
 
 
 @pytest.mark.parametrize("lengths", [[128], [5, 40, 90], [700, 1], [900, 200]])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
-from quasr.engine.fast import refusal
+from quasr.engine import fast, fast_audio
 from quasr.engine.fast_engine import FastEngine, FastOptions
 from quasr.engine.torch_engine import TorchEngine
 from quasr.errors import OptionError
@@ -48,4 +48,6 @@ def _why_not_fast(model: Qwen3ASR, placement: Placement) -> str | None:
     if placement.device.type != "cuda":
         return "the fast engine is made for GPUs"
     kernels = dispatch.choose(placement.device, placement.dtype)
-    return refusal(model.decoder) if kernels.capturable else f"only plain kernels run here: {kernels.reason}"
+    if not kernels.capturable:
+        return f"only plain kernels run here: {kernels.reason}"
+    return fast.refusal(model.decoder) or fast_audio.refusal(model.encoder)

@@ -19,6 +19,7 @@ from quasr.engine import device as devices
 from quasr.engine import scheduler
 from quasr.engine.base import ClipResult, EngineStats, Reporting, Ticket, belongs, nan_error
 from quasr.engine.fast import FastDecoder
+from quasr.engine.fast_audio import FastEncoder
 from quasr.engine.graphs import GraphedEncoder, GraphedPrefill
 from quasr.engine.prompts import embed_prompts, prompt_length
 from quasr.engine.row import Row
@@ -111,7 +112,8 @@ class FastEngine(Reporting):
         # Their graphs hold memory of their own, for which a plan has no room.
         roomy = graphs and self._options.cache_bytes is None
         self._prefill = GraphedPrefill(self._decoder) if roomy else self._decoder
-        self._encode = GraphedEncoder(model.encoder).encode if roomy else model.encoder.encode
+        encoder = FastEncoder.from_model(model.encoder, kernels)
+        self._encode = GraphedEncoder(encoder).encode if roomy else encoder.encode
         self._stats = EngineStats()
         self._spans = Spans(self._stats, placement.device)
         self._submitted = 0

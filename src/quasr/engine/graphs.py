@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 
 from quasr.kernels.state import Places
-from quasr.model.encoder import STEM_SLICE, plan_windows
 from quasr.model.transfer import to_device
 
 if TYPE_CHECKING:
@@ -24,14 +23,17 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from quasr.engine.fast import FastDecoder
+    from quasr.engine.fast_audio import FastEncoder
     from quasr.kernels.state import CachePool
-    from quasr.model.encoder import AudioEncoder
 
 Launch: TypeAlias = "Callable[[Callable[..., Tensor]], Callable[..., Tensor]]"
 """What repeats a function: `Graphs`, or nothing but the function in tests."""
 
 WINDOW_ROWS = (1, 2, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 64, 80)
-"""Rows of windows that the encoder is captured for; more run plainly, where launches are the smaller part."""
+"""Full windows of tokens that the encoder is captured for; more run plainly, where launches are the smaller part."""
+
+WINDOWS_A_ROW = 2
+"""Windows for each of them: the last one of a clip is seldom full."""
 
 PROMPT_TOKENS = (128, 256, 384, 512, 640, 768, 896, 1024)
 """Tokens of prompts that prefill is captured for. Beyond, each token reading the cache for itself is too much work."""
@@ -73,31 +75,31 @@ class Graphs:
 
 
 class GraphedEncoder:
-    """`AudioEncoder.encode` with stem and layers padded to sizes that `launch` can repeat."""
+    """`FastEncoder.encode` with stem and layers padded to sizes that `launch` can repeat."""
 
-    def __init__(self, encoder: AudioEncoder, launch: Launch = Graphs) -> None:
+    def __init__(self, encoder: FastEncoder, launch: Launch = Graphs) -> None:
         self._encoder = encoder
         self._stem = launch(encoder.stem)
         self._transform = launch(encoder.transform)
 
     def encode(self, mel: Tensor, frames: Sequence[int]) -> Tensor:
         """As `AudioEncoder.encode`."""
-        config = self._encoder.config
-        plan = plan_windows(config, frames, mel.device, config.window_chunks)
-        return self._encoder.run(mel, frames, plan, self._stem_slice, self._layers)
+        return self._encoder.run(mel, frames, self._stem_slice, self._layers)
 
     def _stem_slice(self, chunks: Tensor) -> Tensor:
         count = len(chunks)
-        return self._stem(F.pad(chunks, (0, 0, 0, 0, 0, STEM_SLICE - count)))[:count].clone()
+        return self._stem(F.pad(chunks, (0, 0, 0, 0, 0, self._encoder.slice - count)))[:count]
 
-    def _layers(self, x: Tensor, owners: Tensor | None) -> Tensor:
-        rows = len(x)
+    def _layers(self, x: Tensor, starts: Tensor) -> Tensor:
+        """The windows behind the last one are empty, and the tokens there belong to none."""
+        config = self._encoder.config
+        count, full = len(x), config.window_chunks * config.chunk_tokens
+        rows = max(-(-count // full), -(-(len(starts) - 1) // WINDOWS_A_ROW))
         if rows > WINDOW_ROWS[-1]:
-            return self._encoder.transform(x, owners)
-        if owners is None:
-            owners = torch.zeros(x.shape[:2], dtype=torch.int64, device=x.device)
-        missing = WINDOW_ROWS[bisect_left(WINDOW_ROWS, rows)] - rows
-        return self._transform(F.pad(x, (0, 0, 0, 0, 0, missing)), F.pad(owners, (0, 0, 0, missing)))[:rows]
+            return self._encoder.transform(x, starts)
+        rows = WINDOW_ROWS[bisect_left(WINDOW_ROWS, rows)]
+        x = F.pad(x, (0, 0, 0, rows * full - count))
+        return self._transform(x, F.pad(starts, (0, rows * WINDOWS_A_ROW + 1 - len(starts)), value=count))[:count]
 
 
 class GraphedPrefill:

@@ -6,18 +6,19 @@ import os
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from quasr.errors import OptionError
-from quasr.kernels import reference
+from quasr.kernels import reference, reference_audio
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from types import ModuleType
 
     import torch
     from torch import Tensor
 
-    from quasr.kernels.matrix import Heads, Matrix, Norm
+    from quasr.kernels.matrix import Heads, LayerNorm, Matrix, Norm
     from quasr.kernels.state import DecodeState, Places
 
 VARIABLE = "QUASR_KERNELS"
@@ -39,7 +40,7 @@ class Attention(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Kernels:
-    """The operations, as `quasr.kernels.reference` specifies them. `name` says whose, `reason` why.
+    """The operations, as `quasr.kernels.reference` and `reference_audio` specify them. `name` says whose, `reason` why.
 
     `capturable`: whether steps made of them can be captured in a CUDA graph.
     """
@@ -56,6 +57,12 @@ class Kernels:
     attend_step: Attention
     choose: Callable[[Tensor, Norm, Matrix], tuple[Tensor, Tensor]]
     advance: Callable[[DecodeState, Tensor, Tensor], None]
+    dequantise: Callable[[Matrix], Tensor]
+    convolve_mel: Callable[[Tensor, Tensor, Tensor], Tensor]
+    add_gelu: Callable[[Tensor, Tensor], Tensor]
+    stem_features: Callable[[Tensor, Tensor], Tensor]
+    add_norm: Callable[[Tensor, Tensor | None, LayerNorm], Tensor]
+    attend_windows: Callable[[Tensor, Tensor, int, int], Tensor]
 
     def lines(self) -> list[str]:
         """One line for each operation: where it is implemented and why."""
@@ -76,12 +83,23 @@ OPERATIONS = (
     "attend_step",
     "choose",
     "advance",
+    "dequantise",
+    "convolve_mel",
+    "add_gelu",
+    "stem_features",
+    "add_norm",
+    "attend_windows",
 )
 
 
 def plain(reason: str) -> Kernels:
     """The reference for every operation."""
-    return Kernels("reference", reason, False, **{name: getattr(reference, name) for name in OPERATIONS})
+    return Kernels("reference", reason, False, **_table(reference, reference_audio))
+
+
+def _table(*modules: ModuleType) -> dict[str, Callable[..., Any]]:
+    """Of each operation, what the first module that has it calls so."""
+    return {name: next(getattr(module, name) for module in modules if hasattr(module, name)) for name in OPERATIONS}
 
 
 @cache
@@ -118,9 +136,8 @@ def _lack(device: torch.device, dtype: torch.dtype) -> str | None:
 
 def triton(device: torch.device, dtype: torch.dtype) -> Kernels:
     """The Triton kernels for every operation; on a CPU they need Triton's interpreter and serve tests alone."""
-    from quasr.kernels import triton_attention, triton_linear, triton_rows
+    from quasr.kernels import triton_attention, triton_audio, triton_linear, triton_rows
 
-    modules = (triton_linear, triton_attention, triton_rows)
-    table = {name: next(getattr(module, name) for module in modules if hasattr(module, name)) for name in OPERATIONS}
+    table = _table(triton_linear, triton_attention, triton_rows, triton_audio)
     where = "Triton's interpreter" if device.type == "cpu" else f"Triton on {device}"
     return Kernels("triton", f"{where} in {dtype}", device.type == "cuda", **table)

@@ -63,6 +63,15 @@ class Norm:
 
 
 @dataclass(frozen=True, slots=True)
+class LayerNorm:
+    """A LayerNorm of the audio encoder: weight and bias (size,)."""
+
+    weight: Tensor
+    bias: Tensor
+    eps: float
+
+
+@dataclass(frozen=True, slots=True)
 class Heads:
     """Grouped-query attention: `count` query heads share `kv_count` key heads of `size` numbers.
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from quasr.model.transfer import to_device
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
     from quasr.model.config import AudioConfig
 
@@ -76,14 +76,14 @@ def window_mask(owners: Tensor | None) -> Tensor | None:
     return None if owners is None else owners[:, None, :, None] == owners[:, None, None, :]
 
 
-def plan_windows(config: AudioConfig, frames: Sequence[int], device: torch.device, chunks_a_row: int = 1) -> WindowPlan:
-    """Lays the windows of all clips into rows, first fit; rows are as wide as the widest window, or wider if asked for.
+def plan_windows(config: AudioConfig, frames: Sequence[int], device: torch.device) -> WindowPlan:
+    """Lays the windows of all clips into rows, first fit; rows are as wide as the widest window.
 
     It is made on the host, so that nothing waits for the device.
     """
-    windows = [window for count in frames for window in _windows(config, count)]
+    windows = [window for count in frames for window in window_tokens(config, count)]
     chunks = [math.ceil(tokens / config.chunk_tokens) for tokens in windows]
-    wide = max(chunks_a_row, *chunks)
+    wide = max(chunks)
     begins, rows = _first_fit(chunks, wide)
     owners = np.full(rows * wide * config.chunk_tokens, -1)
     for window, (begin, tokens) in enumerate(zip(begins, windows, strict=True)):
@@ -98,10 +98,20 @@ def plan_windows(config: AudioConfig, frames: Sequence[int], device: torch.devic
     )
 
 
-def _windows(config: AudioConfig, frames: int) -> Iterator[int]:
+def window_tokens(config: AudioConfig, frames: int) -> Iterator[int]:
     """Tokens of each window of a clip."""
     for start in range(0, frames, config.window_frames):
         yield config.token_count(min(config.window_frames, frames - start))
+
+
+def split_chunks(config: AudioConfig, mel: Tensor, frames: Sequence[int]) -> Tensor:
+    """Frames of all clips (all, mel_bins) -> (chunks, mel_bins, chunk_frames), a clip's last one padded by zeros."""
+    size = config.chunk_frames
+    counts = [math.ceil(count / size) for count in frames]
+    begins = np.cumsum([0, *counts[:-1]]) * size
+    places = to_device(_ranges(begins.tolist(), frames), mel.device)
+    padded = mel.new_zeros(sum(counts) * size, mel.shape[1]).index_copy_(0, places, mel)
+    return padded.unflatten(0, (-1, size)).transpose(1, 2)
 
 
 def _first_fit(sizes: Sequence[int], wide: int) -> tuple[list[int], int]:
@@ -198,22 +208,11 @@ class AudioEncoder(nn.Module):
         Clip i owns `config.token_count(frames[i])` rows, which do not depend on the other clips.
         """
         plan = plan_windows(self.config, frames, mel.device)
-        return self.run(mel, frames, plan, self.stem, self.transform)
-
-    def run(
-        self,
-        mel: Tensor,
-        frames: Sequence[int],
-        plan: WindowPlan,
-        stem: Callable[[Tensor], Tensor],
-        transform: Callable[[Tensor, Tensor | None], Tensor],
-    ) -> Tensor:
-        """`encode`, with `stem` and `transform` or what takes their places."""
-        tokens = torch.cat([stem(part) for part in self._chunks(mel, frames).split(STEM_SLICE)])
+        tokens = torch.cat([self.stem(part) for part in split_chunks(self.config, mel, frames).split(STEM_SLICE)])
         x = tokens.new_zeros(plan.rows * plan.row_chunks, *tokens.shape[1:])
         x = x.index_copy_(0, plan.slots, tokens).view(plan.rows, -1, self.config.width)
         del tokens
-        return self.project(transform(x, plan.owners).flatten(0, 1)[plan.tokens])
+        return self.project(self.transform(x, plan.owners).flatten(0, 1)[plan.tokens])
 
     def transform(self, x: Tensor, owners: Tensor | None) -> Tensor:
         """The transformer layers on (rows, places, width), `owners` as `WindowPlan.owners`; no final norm."""
@@ -226,15 +225,6 @@ class AudioEncoder(nn.Module):
     def project(self, x: Tensor) -> Tensor:
         """Final norm and projector: (..., width) -> (..., output)."""
         return self.linear_2(F.gelu(self.linear_1(layer_norm(self.ln_post, x))))
-
-    def _chunks(self, mel: Tensor, frames: Sequence[int]) -> Tensor:
-        """Frames of all clips -> (chunks, mel_bins, chunk_frames), each clip's last chunk padded with zeros."""
-        size = self.config.chunk_frames
-        counts = [math.ceil(count / size) for count in frames]
-        begins = np.cumsum([0, *counts[:-1]]) * size
-        places = to_device(_ranges(begins.tolist(), frames), mel.device)
-        padded = mel.new_zeros(sum(counts) * size, mel.shape[1]).index_copy_(0, places, mel)
-        return padded.unflatten(0, (-1, size)).transpose(1, 2)
 
 
 def residual_dtype(weights: torch.dtype) -> torch.dtype:
