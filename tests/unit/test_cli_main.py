@@ -4,7 +4,7 @@ import os
 import resource
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -12,6 +12,7 @@ from quasr import __version__
 from quasr.cli import main
 from quasr.cli.terminal import note
 from quasr.errors import CheckpointError, OptionError, ResourceError
+from quasr.weights.hub import DEMO_FOLDER
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -112,13 +113,29 @@ def test_streams_that_the_shell_has_closed() -> None:
     assert subprocess.run([sys.executable, "-c", CLOSE_ALL], check=False).returncode == 7
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="only Linux has /dev/full")
-def test_standard_output_on_a_full_disk_is_one_line() -> None:
-    code = "import sys\nsys.argv = ['quasr', 'doctor']\nfrom quasr.cli.main import run\nrun()"
+FULL = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="only Linux has /dev/full")
+
+
+def program(*arguments: str, **streams: Any) -> subprocess.CompletedProcess[str]:
+    code = f"import sys\nsys.argv = {['quasr', *arguments]}\nfrom quasr.cli.main import run\nrun()"
+    return subprocess.run([sys.executable, "-c", code], text=True, check=False, **streams)
+
+
+@FULL
+@pytest.mark.parametrize("arguments", [["doctor"], ["--version"], ["--help"], ["transcribe", "--help"]])
+def test_standard_output_on_a_full_disk_is_one_line(arguments: list[str]) -> None:
     with open("/dev/full", "wb") as full:
-        done = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+        done = program(*arguments, stdout=full, stderr=subprocess.PIPE)
     line = "error: standard output cannot be written (No space left on device): send it elsewhere\n"
     assert (done.returncode, done.stderr) == (ResourceError.exit_code, line)
+
+
+@FULL
+def test_notes_on_a_full_disk_are_not_seen_and_stop_nothing() -> None:
+    with open("/dev/full", "wb") as full:
+        done = program("transcribe", str(DEMO_FOLDER.parent / "sample.flac"), stdout=subprocess.PIPE, stderr=full)
+        assert (done.returncode, done.stdout.count("\n")) == (0, 1)
+        assert program("--nix", stderr=full).returncode == 2
 
 
 @pytest.mark.parametrize("place", ["plain/out.json", "folder"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from typing import Annotated, Any
 
@@ -15,7 +16,7 @@ from quasr.cli.eval import evaluate
 from quasr.cli.export import export
 from quasr.cli.plan import plan
 from quasr.cli.quantize import quantize
-from quasr.cli.terminal import abandon_stdout, open_closed_streams
+from quasr.cli.terminal import abandon_stdout, note, open_closed_streams, refused_stdout, result
 from quasr.cli.transcribe import transcribe, whisper_spelling
 from quasr.errors import QuasrError
 
@@ -24,6 +25,9 @@ INTERRUPTED = 130
 
 BROKEN_PIPE = 1
 """Click's own code for it, which covers what commands print; ours covers the last flush."""
+
+WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EBADF, errno.EIO)
+"""What a stream says that cannot be written: full, over a quota, closed, broken."""
 
 UsageError: Any = typer.BadParameter.__mro__[1]
 """Click's base of wrong arguments, out of whichever click this Typer carries."""
@@ -49,7 +53,7 @@ app.command("doctor")(doctor)
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"quasr {__version__}")
+        result(f"quasr {__version__}")
         raise typer.Exit
 
 
@@ -86,9 +90,15 @@ def _exit_code() -> int:
         # The reader has gone, as with `| head`.
         abandon_stdout()
         return BROKEN_PIPE
+    except OSError as error:
+        # Typer prints the help. What else is written is no stream, and has a name.
+        if error.filename is not None or error.errno not in WRITE_ERRORS:
+            raise
+        refused = refused_stdout(error)
+        return _complain(str(refused), refused.exit_code)
     return code if isinstance(code, int) else 0
 
 
 def _complain(message: str, code: int) -> int:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)  # noqa: T201
+    note(f"error: {' '.join(message.split())}")
     return code

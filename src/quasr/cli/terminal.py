@@ -6,7 +6,7 @@ import os
 import shutil
 import sys
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from quasr.errors import ResourceError
 
@@ -18,8 +18,11 @@ BAR_COLUMNS = 24
 
 
 def note(message: str) -> None:
-    """One line on standard error, whatever is in the names of files."""
-    print("".join(char if char.isprintable() else "?" for char in message), file=sys.stderr, flush=True)  # noqa: T201
+    """One line on standard error, whatever is in the names of files. Where that cannot be written it is not seen."""
+    try:
+        print("".join(char if char.isprintable() else "?" for char in message), file=sys.stderr, flush=True)  # noqa: T201
+    except OSError:
+        _abandon(sys.stderr)
 
 
 def result(text: str) -> None:
@@ -33,8 +36,13 @@ def result(text: str) -> None:
     except BrokenPipeError:
         raise
     except OSError as error:
-        abandon_stdout()
-        raise ResourceError(f"standard output cannot be written ({error.strerror}): send it elsewhere") from error
+        raise refused_stdout(error) from error
+
+
+def refused_stdout(error: OSError) -> ResourceError:
+    """What to say where standard output cannot be written. What is buffered is given up."""
+    abandon_stdout()
+    return ResourceError(f"standard output cannot be written ({error.strerror}): send it elsewhere")
 
 
 def open_closed_streams() -> None:
@@ -53,7 +61,11 @@ def open_closed_streams() -> None:
 
 def abandon_stdout() -> None:
     """What is still buffered goes nowhere, and does not fail once more at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    _abandon(sys.stdout)
+
+
+def _abandon(stream: TextIO) -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class ProgressLine:
