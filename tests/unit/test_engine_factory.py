@@ -10,6 +10,7 @@ from quasr.engine import factory
 from quasr.engine.device import Placement
 from quasr.engine.factory import make_engine
 from quasr.errors import OptionError
+from quasr.quant.apply import replace_layer
 
 CPU = Placement(torch.device("cpu"), torch.float32, ("a test",))
 
@@ -25,11 +26,12 @@ def test_an_engine_can_be_asked_for() -> None:
     assert make_engine(network(), (), CPU, "none", "torch").info.reasons[-1] == "the torch engine was asked for"
 
 
-def test_layers_without_kernels_name_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["decoder.layers.1.mlp.down_proj", "encoder.layers.1.fc2"])
+def test_layers_without_kernels_name_themselves(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = network()
-    monkeypatch.setattr(factory, "_why_not_fast", lambda *_: factory.refusal(model.decoder))
+    monkeypatch.setattr(factory, "_why_not_fast", lambda *_: factory._lacking_kernels(model))
     assert make_engine(model, (), CPU, "none").info.name == "fast"
-    model.decoder.layers[1].mlp.down_proj = torch.nn.Identity()  # type: ignore[union-attr, assignment]
+    replace_layer(model, name, torch.nn.Identity())
     made = make_engine(model, (), CPU, "none")
     assert made.info.name == "torch"
     assert "layer 1: it has no kernel for Identity" in made.info.reasons[-1]

@@ -50,4 +50,9 @@ def _why_not_fast(model: Qwen3ASR, placement: Placement) -> str | None:
     kernels = dispatch.choose(placement.device, placement.dtype)
     if not kernels.capturable:
         return f"only plain kernels run here: {kernels.reason}"
+    return _lacking_kernels(model)
+
+
+def _lacking_kernels(model: Qwen3ASR) -> str | None:
+    """Which layer the fast engine has no kernel for, in one line."""
     return fast.refusal(model.decoder) or fast_audio.refusal(model.encoder)
