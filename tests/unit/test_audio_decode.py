@@ -171,6 +171,15 @@ def test_integers_of_unknown_full_scale_are_refused(dtype: np.dtype, values: lis
     one_line(error)
 
 
+def test_arrays_at_16_khz_need_neither_ffmpeg_nor_soxr() -> None:
+    code = (
+        "import sys\nsys.modules.update(av=None, soxr=None)\n"
+        "import numpy, quasr.pipeline.transcriber\nfrom quasr.audio.decode import load\n"
+        "print(len(load((numpy.zeros(5), 16000))))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout == b"5\n"
+
+
 def test_array_shapes() -> None:
     both = np.stack([tone(0.1, 16_000, 300.0), tone(0.1, 16_000, 900.0)])
     expected = both.mean(axis=0)

@@ -11,7 +11,6 @@ from typing import IO, TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from quasr.audio.container import ByteReader, Damage, blocks
 from quasr.audio.fetch import DEFAULT_LIMITS, FetchLimits, fetch
 from quasr.audio.samples import Resampler, by_channel, check_rate, to_mono, with_known_scale
 from quasr.audio.source import AudioInput, Kind, kind_of, name_of, path_of
@@ -88,6 +87,9 @@ def _array_blocks(source: tuple[NDArray[Any], int], name: str) -> Iterator[NDArr
 def _file_blocks(
     source: AudioInput, limits: FetchLimits, name: str, on_warning: OnWarning
 ) -> Iterator[NDArray[np.float32]]:
+    # Here, because arrays need no FFmpeg.
+    from quasr.audio.container import ByteReader, Damage, blocks
+
     damage, resampler = Damage(), Resampler()
     with _opened(source, limits, name) as file:
         for samples, rate in blocks(ByteReader(file, name), name, damage):

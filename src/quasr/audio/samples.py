@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import soxr
 
 from quasr.errors import AudioDecodeError
 from quasr.types import SAMPLE_RATE
@@ -13,6 +12,7 @@ from quasr.types import SAMPLE_RATE
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    import soxr
     from numpy.typing import NDArray
 
 MAX_ABS = 2.0**31
@@ -119,6 +119,8 @@ class Resampler:
             yield from self.finish()
             self._rate = rate
             if rate != SAMPLE_RATE:
+                import soxr
+
                 self._stream = soxr.ResampleStream(rate, SAMPLE_RATE, 1, dtype="float32", quality=RESAMPLE_QUALITY)
         yield samples if self._stream is None else self._stream.resample_chunk(samples)
 
