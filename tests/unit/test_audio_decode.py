@@ -180,6 +180,35 @@ def test_arrays_at_16_khz_need_neither_ffmpeg_nor_soxr() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout == b"5\n"
 
 
+class Interrupted(io.BytesIO):
+    """Ctrl-C comes while FFmpeg reads the file for the `count`-th time."""
+
+    def __init__(self, data: bytes, count: int) -> None:
+        super().__init__(data)
+        self.left = count
+
+    def read(self, size: int = -1) -> bytes:
+        self.left -= 1
+        if not self.left:
+            raise KeyboardInterrupt
+        return super().read(size)
+
+
+@pytest.mark.parametrize("name", ["wav16", "flac", "mp3", "m4a", "ogg", "mkv", "aac"])
+def test_an_interrupt_inside_ffmpeg_is_not_taken_for_the_end(name: str) -> None:
+    data, hook = sample_file(name, 5.0), sys.unraisablehook
+    for count in (1, 2, 5, 20):
+        file = Interrupted(data, count)
+        raised = False
+        try:
+            load(file)
+        except KeyboardInterrupt:
+            raised = True
+        assert raised == (file.left <= 0)
+        assert raised or count > 2
+        assert sys.unraisablehook is hook
+
+
 def test_array_shapes() -> None:
     both = np.stack([tone(0.1, 16_000, 300.0), tone(0.1, 16_000, 900.0)])
     expected = both.mean(axis=0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any
@@ -106,11 +108,40 @@ def blocks(reader: ByteReader, name: str, damage: Damage) -> Iterator[tuple[NDAr
 
 
 @contextmanager
+def _not_swallowed() -> Iterator[None]:
+    """Raises what is no error, as Ctrl-C, where it came inside a callback of FFmpeg's.
+
+    PyAV passes errors on, but hands KeyboardInterrupt to `sys.unraisablehook` and tells FFmpeg that the file has ended:
+    a transcript would be cut short and look complete. Signals come in the main thread alone.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    swallowed: list[BaseException] = []
+    before = sys.unraisablehook
+
+    def keep(unraisable: sys.UnraisableHookArgs) -> None:
+        if unraisable.exc_value is None or isinstance(unraisable.exc_value, Exception):
+            before(unraisable)
+        else:
+            swallowed.append(unraisable.exc_value)
+
+    sys.unraisablehook = keep
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
+        if swallowed:
+            raise swallowed[0]
+
+
+@contextmanager
 def _open(reader: ByteReader, name: str) -> Iterator[Any]:
     if reader.size == 0:
         raise AudioDecodeError(f"{name} is empty: it has 0 bytes")
     try:
-        container = av.open(reader, metadata_errors="replace", container_options=CONTAINER_OPTIONS)
+        with _not_swallowed():
+            container = av.open(reader, metadata_errors="replace", container_options=CONTAINER_OPTIONS)
     except av.error.FFmpegError as error:
         raise AudioDecodeError(f"{name} is not audio in any known format, or its header is damaged") from error
     with container:
@@ -131,7 +162,8 @@ def _frames(container: Any, stream: Any, damage: Damage) -> Iterator[Any]:
     packets = container.demux(stream)
     while True:
         try:
-            packet = next(packets, None)
+            with _not_swallowed():
+                packet = next(packets, None)
         except av.error.FFmpegError:
             damage.fail()
             return
