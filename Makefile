@@ -12,19 +12,23 @@ BASE_TESTS = $(wildcard tests/unit/test_audio_*.py tests/unit/test_text_*.py tes
 	tests/unit/test_weights_hub.py tests/unit/test_public_api.py tests/unit/test_cli_doctor.py \
 	tests/unit/test_cli_transcribe.py tests/base)
 
+# A worker a core; each may need 2 GB. Stealing leaves the tests of a file together, with what they share.
+WORKERS ?= 2
+PYTEST = python -m pytest --numprocesses $(WORKERS) --dist worksteal
+
 .PHONY: demo test test-base check clean
 
 demo: $(VENV)/.runtime  ## set up, and transcribe the bundled sample with the bundled model
 	$(BIN)/quasr transcribe src/quasr/demo/sample.flac
 
 test: $(VENV)/.develop  ## set up, and run every test, the slow ones too
-	$(BIN)/python -m pytest
+	$(BIN)/$(PYTEST)
 
 test-base:  ## install without any extra, and run what needs no torch
 	$(PYTHON) -m venv --clear $(BASE_VENV)
-	$(BASE_PIP) . pytest hypothesis
+	$(BASE_PIP) . pytest pytest-xdist hypothesis
 	! $(BASE_VENV)/bin/python -c "import torch" 2>/dev/null
-	$(BASE_VENV)/bin/python -m pytest -m "not slow" $(BASE_TESTS)
+	$(BASE_VENV)/bin/$(PYTEST) -m "not slow" $(BASE_TESTS)
 	$(BASE_VENV)/bin/quasr transcribe src/quasr/demo/sample.flac
 
 check: $(VENV)/.develop  ## style, types, import rules and the fast tests
@@ -32,7 +36,7 @@ check: $(VENV)/.develop  ## style, types, import rules and the fast tests
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/$(PYTEST) -m "not slow"
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from pathlib import Path
@@ -23,3 +24,22 @@ def _interruptible() -> Iterator[None]:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _thawed() -> Iterator[None]:
+    """At the end nothing is kept from the collector, so that what was never closed is told."""
+    yield
+    gc.unfreeze()
+    gc.collect()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _frozen() -> Iterator[None]:
+    """
+    What is alive before a file of tests (torch and transformers: a million objects) is left out of its collections,
+    and what the file left unclosed is told at its end.
+    """
+    gc.freeze()
+    yield
+    gc.collect()
