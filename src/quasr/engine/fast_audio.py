@@ -25,9 +25,8 @@ if TYPE_CHECKING:
     from quasr.model.config import AudioConfig
     from quasr.model.encoder import AudioEncoder, EncoderLayer, Stem
 
-SLICE = 32
-"""Chunks that go through the stem at once, where GELU needs no second copy of what the first convolution gives: 100 MB
-for the released models."""
+LARGE_SLICE = 32
+"""Chunks that go through the stem at once where memory is not planned: 120 MB for the released models."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,18 +68,19 @@ class FastEncoder:
         layers: Sequence[FastEncoderLayer],
         last: tuple[LayerNorm, Dense, Dense],
         kernels: Kernels,
+        stem_slice: int,
     ) -> None:
         self.config = config
         self.layers = tuple(layers)
         self.kernels = kernels
-        self.slice = SLICE if kernels.capturable else STEM_SLICE
+        self.slice = stem_slice
         self._stem = stem
         self._last = last
 
     @classmethod
-    def from_model(cls, encoder: AudioEncoder, kernels: Kernels) -> FastEncoder:
+    def from_model(cls, encoder: AudioEncoder, kernels: Kernels, stem_slice: int = STEM_SLICE) -> FastEncoder:
         """Shares the memory of the network's weights: q, k and v become views of one matrix, convolutions get their
-        channels last.
+        channels last. `stem_slice` chunks go through the stem at once.
 
         The network goes on working. Raises OptionError, in one line, for layers that cannot run here (see `refusal`).
         """
@@ -89,7 +89,7 @@ class FastEncoder:
             raise OptionError(reason)
         layers = [_fast_layer(layer) for layer in cast("Iterable[EncoderLayer]", encoder.layers)]
         last = _norm(encoder.ln_post), _dense(encoder.linear_1), _dense(encoder.linear_2)
-        return cls(encoder.config, _fast_stem(encoder.stem), layers, last, kernels)
+        return cls(encoder.config, _fast_stem(encoder.stem), layers, last, kernels, stem_slice)
 
     def encode(self, mel: Tensor, frames: Sequence[int]) -> Tensor:
         """As `AudioEncoder.encode`."""

@@ -19,7 +19,7 @@ from quasr.engine import device as devices
 from quasr.engine import scheduler
 from quasr.engine.base import ClipResult, EngineStats, Reporting, Ticket, belongs, nan_error
 from quasr.engine.fast import FastDecoder
-from quasr.engine.fast_audio import FastEncoder
+from quasr.engine.fast_audio import LARGE_SLICE, FastEncoder
 from quasr.engine.graphs import GraphedEncoder, GraphedPrefill
 from quasr.engine.prompts import embed_prompts, prompt_length
 from quasr.engine.row import Row
@@ -29,6 +29,7 @@ from quasr.engine.steps import BUCKETS, Steps
 from quasr.engine.torch_engine import memory_advice, network_info
 from quasr.errors import OptionError
 from quasr.kernels import dispatch
+from quasr.model.encoder import STEM_SLICE
 from quasr.model.transfer import to_device
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ class FastEngine(Reporting):
         # Their graphs hold memory of their own, for which a plan has no room.
         roomy = graphs and self._options.cache_bytes is None
         self._prefill = GraphedPrefill(self._decoder) if roomy else self._decoder
-        encoder = FastEncoder.from_model(model.encoder, kernels)
+        encoder = FastEncoder.from_model(model.encoder, kernels, LARGE_SLICE if roomy else STEM_SLICE)
         self._encode = GraphedEncoder(encoder).encode if roomy else encoder.encode
         self._stats = EngineStats()
         self._spans = Spans(self._stats, placement.device)

@@ -205,7 +205,7 @@ def _fast_estimate(config: ModelConfig, candidate: Candidate, work: Work) -> Est
     part = replace(work, batch=min(work.batch, max(1, most // work.prompt_length(config))))
     encode = (
         mel_bytes(config, part),
-        stem_bytes(config, target, part),
+        packed_stem_bytes(config, target, part),
         encoder_bytes(config, target, part, recipe),
     )
     return Estimate(
@@ -278,13 +278,22 @@ def stem_bytes(config: ModelConfig, target: Target, work: Work) -> int:
 
     The first convolution's output is there twice: before and after its GELU, or in the second one's own layout.
     """
+    return _stem_bytes(config, target, work, copies=2.25)
+
+
+def packed_stem_bytes(config: ModelConfig, target: Target, work: Work) -> int:
+    """The same with channels last, where the second convolution finds the first one's output only once."""
+    return _stem_bytes(config, target, work, copies=2)
+
+
+def _stem_bytes(config: ModelConfig, target: Target, work: Work, copies: float) -> int:
     audio = config.audio
     chunks = work.batch * math.ceil(work.frames / audio.chunk_frames)
     part = min(STEM_SLICE, chunks)
     chunk = audio.mel_bins * audio.chunk_frames
     first = audio.stem_channels * -(-audio.mel_bins // 2) * -(-audio.chunk_frames // 2)
     tokens = chunks * audio.chunk_tokens * audio.width * target.item
-    return (2 * chunks + part) * chunk * 4 + part * (2 * first + first // 4) * target.item + tokens
+    return (2 * chunks + part) * chunk * 4 + int(part * copies * first) * target.item + tokens
 
 
 def encoder_bytes(config: ModelConfig, target: Target, work: Work, recipe: Recipe) -> int:
