@@ -57,8 +57,9 @@ class Segment:
     """One piece of the audio and its text. `"".join(s.text for s in segments) == transcript.text`.
 
     `text` carries the separator that joins it to the piece before, so it may begin with a space.
-    `avg_logprob` is the mean natural-log probability of the piece's tokens: all that the model wrote, so the language
-    and `<asr_text>` too where the language was not forced, but neither the stop token nor a loop's further copies.
+    `tokens` are ids of the model's vocabulary, with a natural-log probability each in `token_logprobs`: all that the
+    model wrote, so the language and `<asr_text>` too where the language was not forced, but neither the stop token nor
+    a loop's further copies. `avg_logprob` is their mean; None without tokens.
     """
 
     id: int
@@ -69,6 +70,8 @@ class Segment:
     avg_logprob: float | None = None
     finish_reason: FinishReason = "stop"
     words: tuple[Word, ...] = ()
+    tokens: tuple[int, ...] = ()
+    token_logprobs: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -83,13 +83,16 @@ def test_tsv_and_txt() -> None:
 
 def test_json_holds_everything() -> None:
     words = (Word("Hé", 0.0, 0.5, 0.9),)
-    segment = Segment(0, 0.0, 1.0, "Hé -->", "French", -0.25, "length", words)
+    logprobs = (-0.2, -1e-07)
+    segment = Segment(0, 0.0, 1.0, "Hé -->", "French", -0.25, "length", words, (7, 151643), logprobs)
     full = Transcript("Hé -->", "French", 1.0, (segment,), "length", (Notice("cut", "cut short", 0.0, 1.0),))
     text = render(full, "json")
     assert "Hé -->" in text
     read = json.loads(text)
     assert read["segments"][0]["words"] == [{"text": "Hé", "start": 0.0, "end": 0.5, "probability": 0.9}]
     assert read["segments"][0]["avg_logprob"] == -0.25
+    assert (read["segments"][0]["tokens"], read["segments"][0]["token_logprobs"]) == ([7, 151643], [-0.2, -1e-07])
+    assert '"tokens": [7, 151643],\n' in text
     notice = {
         "code": "cut",
         "message": "cut short",

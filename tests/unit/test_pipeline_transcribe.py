@@ -96,6 +96,8 @@ def test_short_audio_is_one_request_with_the_prompt_and_its_budget() -> None:
     assert (result.text, result.language, result.duration, result.finish_reason) == ("Hello.", "English", 2.0, "stop")
     (segment,) = result.segments
     assert (segment.start, segment.end, segment.avg_logprob) == (0.0, 2.0, -0.5)
+    written = english("Hello.")
+    assert (segment.tokens, segment.token_logprobs) == (tuple(map(ord, written)), (-0.5,) * len(written))
     assert result.timings.tokens == len(english("Hello."))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import TYPE_CHECKING
 
 from quasr.errors import OptionError
@@ -60,7 +61,12 @@ def _tsv(transcript: Transcript, _rules: LineRules) -> str:
 
 
 def _json(transcript: Transcript, _rules: LineRules) -> str:
-    return json.dumps(transcript.to_dict(), ensure_ascii=False, allow_nan=False, indent=2) + "\n"
+    text = json.dumps(transcript.to_dict(), ensure_ascii=False, allow_nan=False, indent=2) + "\n"
+    # No string holds a line end, so what is matched are the lists of tokens and of their probabilities.
+    return _NUMBERS.sub(lambda found: f"[{' '.join(found[1].split())}]", text)
+
+
+_NUMBERS = re.compile(r"\[\n([-+.,\de\s]+)\]")
 
 
 _WRITERS: dict[str, Callable[[Transcript, LineRules], str]] = {

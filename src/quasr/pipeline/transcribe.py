@@ -346,6 +346,8 @@ def _collect(job: Job, parts: Sequence[Part]) -> None:
                 language=part.language,
                 avg_logprob=part.avg_logprob,
                 finish_reason=part.finish_reason,
+                tokens=part.tokens,
+                token_logprobs=part.logprobs,
             )
         )
 
