@@ -16,7 +16,7 @@ from quasr.engine import fast_engine
 from quasr.engine.base import ClipRequest, ClipResult, Ticket, token_budget
 from quasr.engine.device import Placement
 from quasr.engine.fast_audio import FastEncoder
-from quasr.engine.fast_engine import FastEngine, FastOptions
+from quasr.engine.fast_engine import FastEngine, FastOptions, even_parts
 from quasr.engine.torch_engine import TorchEngine
 from quasr.errors import ModelError, OptionError, ResourceError
 from quasr.model.asr import Qwen3ASR
@@ -141,6 +141,24 @@ def test_loops_end_where_the_plain_engine_ends_them() -> None:
     expected = TorchEngine(model, (), CPU).run(long)
     assert "loop" in {one.finish_reason for one in expected}
     same(fast(model, frozenset(), rows=4).run(long), expected)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "parts"),
+    [([407] * 16, [4] * 4), ([407] * 5, [5]), ([3000, 10, 10], [1, 2]), ([407] * 6, [3, 3]), ([1], [1])],
+    ids=str,
+)
+def test_prompts_are_computed_in_even_parts(sizes: list[int], parts: list[int]) -> None:
+    assert [len(part) for part in even_parts(sizes, 2048)] == parts
+
+
+def test_no_part_is_too_large() -> None:
+    rng = np.random.default_rng(0)
+    for most in (50, 100, 700):
+        sizes = rng.integers(1, 101, 40).tolist()
+        parts = list(even_parts(sizes, most))
+        assert [index for part in parts for index in part] == list(range(40))
+        assert all(len(part) == 1 or sum(sizes[index] for index in part) <= most for part in parts)
 
 
 def test_drafts_never_change_the_tokens() -> None:

@@ -236,13 +236,8 @@ class FastEngine(Reporting):
         """Clips whose prompts are computed together: one, or as many as the share of the cache allows."""
         assert self._cache is not None
         most = min(max(self._cache.positions // PREFILL_SHARE, LEAST_PREFILL), MOST_PREFILL)
-        part: list[Clip] = []
-        for clip in clips:
-            if part and sum(one.place.prompt for one in part) + clip.place.prompt > most:
-                yield part
-                part = []
-            part.append(clip)
-        yield part
+        for part in even_parts([clip.place.prompt for clip in clips], most):
+            yield [clips[index] for index in part]
 
     def _start(self, clips: list[Clip]) -> None:
         """Puts clips into rows with their first token; those with a draft last, and perhaps with more tokens."""
@@ -361,6 +356,19 @@ class FastEngine(Reporting):
         """Positions that the cache may ever have."""
         limit = self._options.cache_bytes or round(FREE_SHARE * _free_bytes(self._device))
         return max(1, limit // self._position_bytes)
+
+
+def even_parts(sizes: Sequence[int], most: int) -> Iterator[range]:
+    """Neighbours that come to at most `most` together, or one that is larger: about as few parts as that takes, of
+    about the same size, because every part reads all weights."""
+    fair = sum(sizes) / -(-sum(sizes) // most)
+    first, inside, before, number = 0, 0, 0, 1
+    for index, size in enumerate(sizes):
+        if inside and (inside + size > most or before + size / 2 > number * fair):
+            yield range(first, index)
+            first, inside, number = index, 0, number + 1
+        inside, before = inside + size, before + size
+    yield range(first, len(sizes))
 
 
 def _current(device: torch.device) -> AbstractContextManager[object]:

@@ -49,7 +49,7 @@ def _padded_size(samples: int) -> int:
 
 def _end_to_end(clips: Sequence[NDArray[np.float32]], sizes: Sequence[int], device: torch.device) -> Tensor:
     """(sum of sizes,) on `device`: each clip with its reflected ends, which for a GPU stood in page-locked memory."""
-    host = torch.zeros(sum(sizes), pin_memory=device.type == "cuda")
+    host = torch.empty(sum(sizes), pin_memory=device.type == "cuda")
     for clip, part in zip(clips, host.split(list(sizes)), strict=True):
         _place(clip, part.numpy())
     return host.to(device, non_blocking=True)
@@ -58,6 +58,7 @@ def _end_to_end(clips: Sequence[NDArray[np.float32]], sizes: Sequence[int], devi
 def _place(clip: NDArray[np.float32], out: NDArray[np.float32]) -> None:
     half, end = N_FFT // 2, N_FFT // 2 + max(len(clip), MIN_SAMPLES)
     out[half : half + len(clip)] = clip
+    out[half + len(clip) :] = 0
     out[:half] = out[2 * half : half : -1]
     out[end : end + half] = out[end - 2 : end - 2 - half : -1]
 
