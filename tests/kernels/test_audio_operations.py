@@ -9,8 +9,11 @@ import pytest
 import torch
 from fast_samples import DEVICE
 
+from quasr.engine.fast_audio import FastEncoder
 from quasr.kernels import dispatch, reference, reference_audio
 from quasr.kernels.matrix import LayerNorm, Matrix
+from quasr.model.config import AudioConfig
+from quasr.model.encoder import AudioEncoder
 from quasr.quant.linear import quantise_int8
 
 if TYPE_CHECKING:
@@ -111,3 +114,16 @@ def test_weights_of_codes(dtype: torch.dtype) -> None:
     codes, scale = quantise_int8(random(34, 80, dtype=dtype))
     weight = dispatch.triton(DEVICE, dtype).dequantise(Matrix(codes, scale))
     close(weight, reference.dequantise(Matrix(codes, scale)).float(), dtype)
+
+
+@torch.inference_mode()
+def test_the_whole_encoder() -> None:
+    """In slices of the stem, with clips that do not fill their windows."""
+    torch.manual_seed(0)
+    config = AudioConfig(2, 32, 2, 64, 48, mel_bins=8, stem_channels=8, chunk_frames=20, window_frames=40)
+    encoder = AudioEncoder(config).eval().requires_grad_(False).to(DEVICE)
+    frames = [90, 7, 40]
+    mel = random(sum(frames), 8)
+    expected = encoder.encode(mel, frames)
+    fast = FastEncoder.from_model(encoder, dispatch.triton(DEVICE, torch.float32), 3)
+    close(fast.encode(mel, frames), expected, torch.float32)
