@@ -217,7 +217,7 @@ def test_host_is_resolved_once_and_that_address_is_called(monkeypatch: pytest.Mo
 def test_one_private_address_among_public_ones_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (ip, 80)) for ip in ("93.184.216.34", "10.0.0.1")]
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
-    refused("http://mixed.test/a.wav", FetchLimits(), "10.0.0.1 is not a public address")
+    refused("http://mixed.test/a.wav", FetchLimits(), "10.0.0.1 is not a public address; .*--allow-private-urls")
 
 
 # --- redirects

@@ -138,7 +138,10 @@ def _resolve(target: _Target, limits: FetchLimits) -> list[tuple[int, Any]]:
     found = socket.getaddrinfo(target.host, target.port, type=socket.SOCK_STREAM)
     for *_, address in found:
         if not (limits.allow_private or _is_public(str(address[0]))):
-            raise AudioFetchError(f"{target.name} is refused: {address[0]} is not a public address")
+            raise AudioFetchError(
+                f"{target.name} is refused: {address[0]} is not a public address; if you trust it, allow private ones "
+                "(--allow-private-urls, or limits=FetchLimits(allow_private=True))"
+            )
     return [(family, address) for family, *_, address in found]
 
 
