@@ -140,7 +140,7 @@ def _resolve(target: _Target, limits: FetchLimits) -> list[tuple[int, Any]]:
         if not (limits.allow_private or _is_public(str(address[0]))):
             raise AudioFetchError(
                 f"{target.name} is refused: {address[0]} is not a public address; if you trust it, allow private ones "
-                "(--allow-private-urls, or limits=FetchLimits(allow_private=True))"
+                "(--allow-private-urls, or limits=quasr.audio.fetch.FetchLimits(allow_private=True))"
             )
     return [(family, address) for family, *_, address in found]
 
