@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
 if not Path("/dev/nvidiactl").exists():
     # Triton reads it when it is imported, which any test may do: without a GPU its kernels are interpreted.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# Wall time says nothing where others share the processor.
+settings.register_profile("shared", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("shared")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -115,7 +115,7 @@ ANYTHING = st.recursive(
 KEYS = [*HF, *(key for part in ("audio_config", "text_config") for key in SIZES[part]), "rope_scaling", "n_window"]
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(key=st.sampled_from([*KEYS, "eos_token_id", "audio_token_id", "thinker_config", "dtype"]), value=ANYTHING)
 def test_any_value_anywhere_is_read_or_refused(tmp_path: Path, key: str, value: Any) -> None:
     config = {name: dict(part) if isinstance(part, dict) else part for name, part in HF.items()}

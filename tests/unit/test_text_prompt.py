@@ -102,7 +102,7 @@ def test_text_without_markers_is_left_alone(text: str) -> None:
 
 @pytest.mark.parametrize("text", ["<|" * 50_000, "<|" * 25_000 + "|>" * 25_000, "<asr_" * 20_000 + "text>" * 20_000])
 def test_cleaning_is_linear(text: str) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     cleaned = clean_context(text)
-    assert time.perf_counter() - start < 3.0
+    assert time.process_time() - start < 3.0
     assert cleaned in ("", text)

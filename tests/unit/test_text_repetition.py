@@ -65,7 +65,7 @@ def test_equals_the_rule_spelled_out(parts: list[tuple[str, int]], threshold: in
 
 @pytest.mark.parametrize("text", ["ha" * 50_000, ("ab" * 19 + "c") * 2_600, ("abcdefghijklmnopqrst" * 19 + "x") * 265])
 def test_time_does_not_grow_with_the_square_of_the_length(text: str) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     fixed = fix_repetition(text)
-    assert time.perf_counter() - start < 2.0
+    assert time.process_time() - start < 2.0
     assert len(fixed) in (2, len(text))

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 SOUND = save({"a": torch.arange(6.0).view(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)})
-RELAXED = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+RELAXED = settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
 
 def forge(header: bytes, data: bytes = b"", length: int | None = None) -> bytes:
