@@ -37,7 +37,9 @@ ANSWERS: dict[str, Transcript | AudioError] = {
     "a.wav": said("Grüße, first."),
     "dir/b.mp3": said("Second."),
     "silent.wav": said(""),
-    "cut.wav": said("Cut", Notice("token_budget", "stopped early", 0.0, 2.0)),
+    "cut.wav": said(
+        "Cut", Notice("token_budget", "stopped early", 0.0, 2.0), Notice("damaged_audio", "cut.wav is damaged: a part")
+    ),
     "bad.wav": AudioDecodeError("bad.wav is not\naudio"),
     "https://host/talks/day%201.mp3?secret=1": said("From afar."),
     "other/a.flac": said("Same stem."),
@@ -134,7 +136,7 @@ def test_silence_and_warnings_are_told(monkeypatch: pytest.MonkeyPatch, capsys: 
     captured = capsys.readouterr()
     assert captured.out == "\nCut\n"
     assert "silent.wav: no speech was found" in captured.err
-    assert "warning: cut.wav: stopped early" in captured.err
+    assert "warning: cut.wav: stopped early\nwarning: cut.wav is damaged: a part\n" in captured.err
 
 
 def test_json_on_stdout_is_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

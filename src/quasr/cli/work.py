@@ -163,7 +163,8 @@ class _Run:
 
     def _deliver(self, item: Input, transcript: Transcript) -> None:
         for warning in transcript.warnings:
-            note(f"warning: {item.label}: {warning.message}")
+            named = warning.message.startswith(item.label)
+            note(f"warning: {warning.message}" if named else f"warning: {item.label}: {warning.message}")
         if not transcript.text:
             note(f"{item.label}: no speech was found")
         self._outputs.put(item, transcript, self._keys.get(item.name))
