@@ -240,24 +240,22 @@ def test_an_engine_that_cannot_be_made_is_asked_for_again() -> None:
 
 def test_turns_come_in_the_order_of_asking() -> None:
     """A plain lock is nearly always taken again by the thread that has it."""
-    turns, order = Turns(), list[int]()
-    rest = threading.Event()
+    turns, order = Turns(), list[object]()
 
     def work(number: int) -> None:
-        for _ in range(20):
-            with turns:
-                order.append(number)
-                rest.wait(0.0005)
+        with turns:
+            order.append(number)
 
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(3)]
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(5)]
     with turns:
-        for thread in threads:
+        for number, thread in enumerate(threads):
             thread.start()
-        wait_until(lambda: len(turns._waiting) == 3)
+            wait_until(lambda most=number + 1: len(turns._waiting) == most)
+    with turns:
+        order.append("again")
     for thread in threads:
         thread.join(10)
-    assert sorted(order) == sorted([0, 1, 2] * 20)
-    assert all(sorted(order[at : at + 3]) == [0, 1, 2] for at in range(0, 54, 3))
+    assert order == [0, 1, 2, 3, 4, "again"]
 
 
 def test_who_is_interrupted_while_he_waits_gives_his_turn_away(monkeypatch: pytest.MonkeyPatch) -> None:
