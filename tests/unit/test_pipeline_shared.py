@@ -258,35 +258,62 @@ def test_turns_come_in_the_order_of_asking() -> None:
     assert order == [0, 1, 2, 3, 4, "again"]
 
 
-def test_who_is_interrupted_while_he_waits_gives_his_turn_away(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both before the turn has come and in the moment when it comes."""
-    for comes in (False, True):
-        turns, real = Turns(), threading.Lock
+def held_by_another(turns: Turns) -> tuple[threading.Event, threading.Thread]:
+    """A thread that has the turn until the event is set."""
+    taken, end = threading.Event(), threading.Event()
 
-        class Interrupted:
-            def __init__(self, turns: Turns = turns, comes: bool = comes) -> None:
-                self.asked, self.turns, self.comes = 0, turns, comes
-
-            def acquire(self) -> None:
-                self.asked += 1
-                if self.asked == 2:
-                    if self.comes:
-                        self.turns.__exit__()
-                    raise KeyboardInterrupt
-
-            def release(self) -> None:
-                """The turn is handed over."""
-
-        with monkeypatch.context() as patch:
-            turns.__enter__()
-            patch.setattr("quasr.pipeline.turns.threading.Lock", Interrupted)
-            with pytest.raises(KeyboardInterrupt):
-                turns.__enter__()
-        assert threading.Lock is real
-        if not comes:
-            turns.__exit__()
+    def hold() -> None:
         with turns:
-            assert not turns._waiting
+            taken.set()
+            end.wait(10)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    assert taken.wait(10)
+    return end, thread
+
+
+@pytest.mark.parametrize("comes", [False, True])
+def test_who_is_interrupted_while_he_waits_gives_his_turn_away(monkeypatch: pytest.MonkeyPatch, comes: bool) -> None:
+    """Both before the turn has come and in the moment when it comes."""
+    turns = Turns()
+    end, thread = held_by_another(turns)
+
+    class Interrupted:
+        asked = 0
+
+        def acquire(self) -> None:
+            self.asked += 1
+            if self.asked == 2:
+                if comes:
+                    end.set()
+                    thread.join(10)
+                raise KeyboardInterrupt
+
+        def release(self) -> None:
+            """The turn is handed over."""
+
+    with monkeypatch.context() as patch:
+        patch.setattr("quasr.pipeline.turns.threading.Lock", Interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            turns.__enter__()
+    assert not turns._waiting
+    end.set()
+    thread.join(10)
+    other, last = held_by_another(turns)
+    other.set()
+    last.join(10)
+
+
+def test_a_turn_that_an_interrupt_has_lost_is_found_again() -> None:
+    """As if it had come between the taking and the work. Others go on after that."""
+    turns = Turns()
+    turns.__enter__()
+    with turns:
+        pass
+    end, thread = held_by_another(turns)
+    end.set()
+    thread.join(10)
 
 
 def wait_until(true: Any) -> None:

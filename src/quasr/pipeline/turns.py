@@ -7,39 +7,40 @@ from collections import deque
 
 
 class Turns:
-    """A context manager, as `threading.Lock` is one.
+    """A context manager, as `threading.Lock` is one; not to be nested.
 
     That one is often taken again by the thread that has just let it go: a long file would keep a short one waiting to
-    its end.
+    its end. And an interrupt may come between the taking and the work, or between the work and the giving back: since
+    turns are not nested, a thread that asks for a turn while it has one has lost that so, and gets it.
     """
 
     def __init__(self) -> None:
         self._guard = threading.Lock()
-        self._taken = False
-        self._waiting: deque[threading.Lock] = deque()
+        self._holder: int | None = None
+        self._waiting: deque[tuple[int, threading.Lock]] = deque()
 
     def __enter__(self) -> None:
+        mine = threading.get_ident(), threading.Lock()
+        mine[1].acquire()
         with self._guard:
-            if not self._taken:
-                self._taken = True
+            if self._holder in (None, mine[0]):
+                self._holder = mine[0]
                 return
-            mine = threading.Lock()
-            mine.acquire()
             self._waiting.append(mine)
         try:
-            mine.acquire()
+            mine[1].acquire()
         except BaseException:  # an interrupt
             self._leave(mine)
             raise
 
     def __exit__(self, *_: object) -> None:
         with self._guard:
+            self._holder = None
             if self._waiting:
-                self._waiting.popleft().release()
-            else:
-                self._taken = False
+                self._holder, lock = self._waiting.popleft()
+                lock.release()
 
-    def _leave(self, mine: threading.Lock) -> None:
+    def _leave(self, mine: tuple[int, threading.Lock]) -> None:
         """Stops waiting; a turn that has come meanwhile is passed on."""
         with self._guard:
             waits = mine in self._waiting
