@@ -11,22 +11,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from quasr.engine.matrices import QUANTISED, fuse, matrix_of
 from quasr.errors import OptionError
-from quasr.kernels.matrix import Heads, Matrix, Norm
+from quasr.kernels.matrix import Heads, Norm
 from quasr.kernels.state import CachePool, DecodeState, Places
 from quasr.model.transfer import to_device
-from quasr.quant.embedding import Int8Embedding
-from quasr.quant.linear import Int4Linear, Int8Linear
-from quasr.weights.load import assign
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from quasr.kernels.dispatch import Kernels
+    from quasr.kernels.matrix import Matrix
     from quasr.model.config import TextConfig
     from quasr.model.decoder import Decoder, DecoderLayer, RMSNorm
-
-QUANTISED = (Int8Linear, Int4Linear)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +69,8 @@ class FastDecoder:
         if reason:
             raise OptionError(reason)
         layers = [_fast_layer(layer, decoder.config) for layer in cast("Iterable[DecoderLayer]", decoder.layers)]
-        table = _matrix(decoder.embed_tokens)
-        head = table if decoder.lm_head is None else _matrix(decoder.lm_head)
+        table = matrix_of(decoder.embed_tokens)
+        head = table if decoder.lm_head is None else matrix_of(decoder.lm_head)
         return cls(layers, _norm(decoder.norm), table, head, kernels)
 
     def allocate_cache(self, positions: int) -> CachePool:
@@ -238,35 +235,10 @@ def _why_not(group: Sequence[nn.Module]) -> str | None:
             return f"it has no kernel for {type(module).__name__}"
         if module.bias is not None:
             return "its kernels add no bias"
-    first, *others = (_matrix(module) for module in group)
+    first, *others = (matrix_of(module) for module in group)
     if any((other.bits, other.group, other.columns) != (first.bits, first.group, first.columns) for other in others):
         return "matrices that are to be fused have different schemes"
     return None
-
-
-def _matrix(module: nn.Module) -> Matrix:
-    """The weights of a linear or an embedding, in the same memory."""
-    if isinstance(module, (*QUANTISED, Int8Embedding)):
-        return Matrix(module.weight, module.scale)
-    return Matrix(cast("Tensor", module.weight).detach())
-
-
-def _fused(modules: Sequence[nn.Module]) -> Matrix:
-    """One matrix of several; the modules' own weights become views of it, so nothing is held twice."""
-    parts = [_matrix(module) for module in modules]
-    weight = torch.cat([part.weight for part in parts])
-    scales = [part.scale for part in parts if part.scale is not None]
-    scale = torch.cat(scales) if scales else None
-    sizes = [part.rows for part in parts]
-    _share(modules, "weight", weight, sizes)
-    if scale is not None:
-        _share(modules, "scale", scale, sizes)
-    return Matrix(weight, scale)
-
-
-def _share(modules: Sequence[nn.Module], name: str, fused: Tensor, sizes: Sequence[int]) -> None:
-    for module, part in zip(modules, fused.split(list(sizes)), strict=True):
-        assign(module, name, part)
 
 
 def _norm(module: RMSNorm) -> Norm:
@@ -277,12 +249,12 @@ def _fast_layer(layer: DecoderLayer, config: TextConfig) -> FastLayer:
     attention, mlp = layer.self_attn, layer.mlp
     return FastLayer(
         input_norm=_norm(layer.input_layernorm),
-        qkv=_fused((attention.q_proj, attention.k_proj, attention.v_proj)),
+        qkv=fuse((attention.q_proj, attention.k_proj, attention.v_proj)),
         heads=_heads(layer, config),
-        output=_matrix(attention.o_proj),
+        output=matrix_of(attention.o_proj),
         inner_norm=_norm(layer.post_attention_layernorm),
-        gate_up=_fused((mlp.gate_proj, mlp.up_proj)),
-        down=_matrix(mlp.down_proj),
+        gate_up=fuse((mlp.gate_proj, mlp.up_proj)),
+        down=matrix_of(mlp.down_proj),
     )
 
 

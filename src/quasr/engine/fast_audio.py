@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quasr.engine.fast import QUANTISED, _fused, _matrix
+from quasr.engine.matrices import QUANTISED, fuse, matrix_of
 from quasr.errors import OptionError
 from quasr.kernels.matrix import LayerNorm, Matrix
 from quasr.model.encoder import STEM_SLICE, residual_dtype, sinusoids, split_chunks, window_tokens
@@ -167,7 +167,7 @@ def refusal(encoder: AudioEncoder) -> str | None:
         for module in (*qkv, attention.out_proj, layer.fc1, layer.fc2):
             if type(module) not in (nn.Linear, *QUANTISED):
                 return f"the fast encoder cannot run layer {index}: it has no kernel for {type(module).__name__}"
-        if len({(part.bits, part.group) for part in map(_matrix, qkv)}) > 1:
+        if len({(part.bits, part.group) for part in map(matrix_of, qkv)}) > 1:
             return f"the fast encoder cannot run layer {index}: q, k and v have different schemes"
     return None
 
@@ -189,7 +189,7 @@ def _fast_layer(layer: EncoderLayer) -> FastEncoderLayer:
     qkv = (attention.q_proj, attention.k_proj, attention.v_proj)
     return FastEncoderLayer(
         attention_norm=_norm(layer.self_attn_layer_norm),
-        qkv=Dense(_fused(qkv), torch.cat([_bias(one) for one in qkv])),
+        qkv=Dense(fuse(qkv), torch.cat([_bias(one) for one in qkv])),
         output=_dense(attention.out_proj),
         inner_norm=_norm(layer.final_layer_norm),
         fc1=_dense(layer.fc1),
@@ -198,7 +198,7 @@ def _fast_layer(layer: EncoderLayer) -> FastEncoderLayer:
 
 
 def _dense(module: nn.Module) -> Dense:
-    return Dense(_matrix(module), _bias(module))
+    return Dense(matrix_of(module), _bias(module))
 
 
 def _bias(module: nn.Module) -> Tensor:
