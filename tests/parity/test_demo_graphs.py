@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_another_export_gives_the_same_bytes(tmp_path: Path) -> None:
-    export_folder(DEMO_FOLDER, tmp_path / "again", ExportOptions("int8", activations="fp32"))
+    export_folder(DEMO_FOLDER, tmp_path / "again", ExportOptions("int8", 128, "fp32"))
     again = {path.name: path.read_bytes() for path in (tmp_path / "again").iterdir()}
     assert again == {path.name: path.read_bytes() for path in DEMO_GRAPHS.iterdir()}
 

@@ -101,7 +101,10 @@ def test_fp32_computes_what_torch_computes(shape: Shape, original: bool, tmp_pat
 
 
 def dequantised(network: Qwen3ASR, weights: str, group: int | None) -> Qwen3ASR:
-    """The network with every matrix rounded by the definition: code x scale, in groups, in the encoder by outputs."""
+    """The network with every matrix rounded by the definition: code x scale, in groups or by outputs.
+
+    By outputs: the encoder, all with group 0, and the head without a group.
+    """
     with torch.no_grad():
         for name, layer in network.named_modules():
             if not isinstance(layer, nn.Linear | nn.Embedding | nn.Conv2d) or name.endswith("conv2d1"):
@@ -109,7 +112,8 @@ def dequantised(network: Qwen3ASR, weights: str, group: int | None) -> Qwen3ASR:
             rows = layer.weight.float().flatten(1)
             columns = rows.shape[1]
             largest = next((size for size in (128, 64, 32, 16) if columns % size == 0), columns)
-            size = columns if name.startswith("encoder.") else group or largest
+            by_outputs = group == 0 or name.startswith("encoder.") or (group is None and ".layers." not in name)
+            size = columns if by_outputs else group or largest
             quantise = quantise_int4 if weights == "int4" and name.startswith("decoder.layers") else quantise_int8
             codes, scale = quantise(rows, size)
             rounded = codes.float().unflatten(1, (-1, size)) * scale[..., None]
@@ -122,7 +126,9 @@ def even(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return checkpoint(tmp_path_factory.mktemp("even") / "source", EVEN)
 
 
-@pytest.mark.parametrize(("weights", "group"), [("int8", None), ("int8", 32), ("int4", None), ("int4", 64)])
+@pytest.mark.parametrize(
+    ("weights", "group"), [("int8", None), ("int8", 32), ("int8", 0), ("int4", None), ("int4", 64)]
+)
 def test_quantised_weights_are_the_rounded_ones(even: Path, weights: str, group: int | None, tmp_path: Path) -> None:
     export_folder(even, tmp_path / "onnx", ExportOptions(weights, group, "fp32"))
     with torch.inference_mode():
@@ -133,11 +139,11 @@ def test_quantised_weights_are_the_rounded_ones(even: Path, weights: str, group:
         assert relative(host.embed(tokens), network.decoder.embed_tokens(torch.tensor(tokens))) < 1e-6
 
 
-@pytest.mark.parametrize("weights", ["int8", "int4"])
-def test_8_bit_activations_cost_little(even: Path, weights: str, tmp_path: Path) -> None:
-    export_folder(even, tmp_path / "onnx", ExportOptions(weights))
+@pytest.mark.parametrize(("weights", "group"), [("int8", None), ("int8", 0), ("int4", None)])
+def test_8_bit_activations_cost_little(even: Path, weights: str, group: int | None, tmp_path: Path) -> None:
+    export_folder(even, tmp_path / "onnx", ExportOptions(weights, group))
     with torch.inference_mode():
-        network, host = dequantised(torch_network(even), weights, None), Host(tmp_path / "onnx")
+        network, host = dequantised(torch_network(even), weights, group), Host(tmp_path / "onnx")
         assert audio_error(host, network) < 0.03
         assert max(decoder_errors(host, network)) < 0.06
 
@@ -168,21 +174,40 @@ def test_a_quantised_folder_can_be_written_in_fp32(even: Path, tmp_path: Path) -
         assert max(decoder_errors(host, saved)) < 1e-4
 
 
-def test_an_untied_head_is_a_matrix_of_its_own(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("options", "most"), [(ExportOptions("fp32"), 1e-4), (ExportOptions("int8", 0), 0.06)], ids=["fp32", "rows"]
+)
+def test_an_untied_head_is_a_matrix_of_its_own(options: ExportOptions, most: float, tmp_path: Path) -> None:
     text = {**EVEN.text, "tie_word_embeddings": False}
     model = random_model(replace(EVEN, text=text))
     model.config.tie_word_embeddings = False
     model.lm_head.weight = nn.Parameter(torch.randn_like(model.lm_head.weight) * 0.1)
     write_hf(model, tmp_path / "source")
     assert not read_config(tmp_path / "source").text.tied_head
-    export_folder(tmp_path / "source", tmp_path / "onnx", ExportOptions("fp32"))
+    export_folder(tmp_path / "source", tmp_path / "onnx", options)
     with torch.inference_mode():
-        errors = decoder_errors(Host(tmp_path / "onnx"), torch_network(tmp_path / "source"))
-    assert max(errors) < 1e-4
+        network = torch_network(tmp_path / "source")
+        network = dequantised(network, "int8", 0) if options.weights == "int8" else network
+        errors = decoder_errors(Host(tmp_path / "onnx"), network)
+    assert max(errors) < most
 
 
-def test_a_row_is_the_same_alone_and_in_a_batch(even: Path, tmp_path: Path) -> None:
-    export_folder(even, tmp_path / "onnx", ExportOptions("int8"))
+def test_a_token_of_zeros_has_a_scale_too(even: Path, tmp_path: Path) -> None:
+    """Its codes are 0 / 0 before they are rounded."""
+    export_folder(even, tmp_path / "onnx", ExportOptions("int8", 0))
+    host, row = Host(tmp_path / "onnx"), np.random.default_rng(6).standard_normal((9, 128)).astype(np.float32)
+    row[[0, 5]] = 0
+    logits = host.prefill([row], host.cache(1, 9))
+    with torch.inference_mode():
+        network = dequantised(torch_network(even), "int8", 0)
+        cache = KVCache.allocate(network.config.text, 1, 9, torch.float32, CPU)
+        truth = network.prefill(torch.from_numpy(row)[None], [9], cache)
+    assert relative(logits, truth) < 0.06
+
+
+@pytest.mark.parametrize("group", [None, 0])
+def test_a_row_is_the_same_alone_and_in_a_batch(even: Path, group: int | None, tmp_path: Path) -> None:
+    export_folder(even, tmp_path / "onnx", ExportOptions("int8", group))
     host, generator = Host(tmp_path / "onnx"), np.random.default_rng(4)
     rows = [generator.standard_normal((length, 128)).astype(np.float32) for length in LENGTHS]
     cache, single = host.cache(3, 24), host.cache(3, 24)
@@ -219,9 +244,15 @@ def test_rotary_tables_are_torchs_to_the_last_position(even: Path, tmp_path: Pat
         np.testing.assert_allclose(found, truth[:, :16], atol=1e-6)
 
 
-@pytest.mark.parametrize("weights", ["fp32", "int8", "int4"])
-def test_onnx_accepts_the_graphs(even: Path, weights: str, tmp_path: Path) -> None:
-    export_folder(even, tmp_path / "onnx", ExportOptions(weights))
+@pytest.mark.parametrize(
+    ("weights", "group", "blocks", "rows"),
+    [("fp32", None, 0, 0), ("int8", None, 8, 1), ("int8", 64, 9, 0), ("int8", 0, 0, 9), ("int4", None, 8, 1)],
+)
+def test_onnx_accepts_the_graphs(
+    even: Path, weights: str, group: int | None, blocks: int, rows: int, tmp_path: Path
+) -> None:
+    """`blocks` and `rows` of the decoder's matrices, 4 in each layer and the head, have a scale for that."""
+    export_folder(even, tmp_path / "onnx", ExportOptions(weights, group))
     for name in ("stem", "encoder", "decoder"):
         onnx.checker.check_model(str(tmp_path / "onnx" / f"{name}.onnx"), full_check=True)
     decoder = onnx.load(str(tmp_path / "onnx" / "decoder.onnx"), load_external_data=False)
@@ -229,4 +260,5 @@ def test_onnx_accepts_the_graphs(even: Path, weights: str, tmp_path: Path) -> No
     assert inputs >= {"embeddings", "last", "seqlens_k", "total_sequence_length", "past_key_1", "past_value_1"}
     operators = [node.op_type for node in decoder.graph.node]
     assert operators.count("GroupQueryAttention") == 2
-    assert operators.count("MatMulNBits") == (0 if weights == "fp32" else 2 * 4 + 1)
+    assert operators.count("MatMulNBits") == blocks
+    assert operators.count("MatMulIntegerToFloat") == rows

@@ -41,7 +41,7 @@ def test_a_folder_is_written(
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        (("--group", "48"), 2, "no group of 48: there is 128, 64, 32"),
+        (("--group", "48"), 2, "no group of 48: there is 128, 64, 32, 0"),
         (("--activations", "int4"), 2, "unknown activations 'int4': there is int8, fp32"),
         (("--weights", "bf16"), 2, "unknown weights 'bf16': there is fp32, int8, int4"),
     ],

@@ -90,10 +90,15 @@ def test_the_config_may_limit_the_positions(source: Path, tmp_path: Path) -> Non
     assert export_folder(other, tmp_path / "onnx", ExportOptions("fp32")).graph.positions == 512
 
 
-@pytest.mark.parametrize("weights", ["int8", "fp32"])
-def test_embedding_rows_can_be_looked_up(source: Path, weights: str, tmp_path: Path) -> None:
-    export_folder(source, tmp_path / "onnx", ExportOptions(weights))
+@pytest.mark.parametrize(
+    ("weights", "group", "dtype"), [("int8", None, "int8"), ("int8", 64, "uint8"), ("fp32", None, "float32")]
+)
+def test_embedding_rows_can_be_looked_up(
+    source: Path, weights: str, group: int | None, dtype: str, tmp_path: Path
+) -> None:
+    export_folder(source, tmp_path / "onnx", ExportOptions(weights, group))
     table = read_manifest(tmp_path / "onnx").embedding
+    assert table.dtype == dtype
     data = (tmp_path / "onnx" / table.file).read_bytes()
     rows = np.frombuffer(data, table.dtype, table.shape[0] * table.shape[1], table.offset).reshape(table.shape)
     if weights == "int8":
@@ -140,9 +145,10 @@ def test_layers_that_run_as_one_must_be_quantised_alike(source: Path, tmp_path: 
     ("options", "message"),
     [
         (ExportOptions("int8", 100), "128 input features, which groups of 100 do not divide: take --group 128"),
+        (ExportOptions("int4", 0), "4 bits need a scale for every group: take --group 128, or leave it out"),
         (ExportOptions("int5"), "unknown weights 'int5': there is fp32, int8, int4"),
     ],
-    ids=["group", "weights"],
+    ids=["group", "row", "weights"],
 )
 def test_options_that_do_not_fit_leave_nothing_behind(
     source: Path, options: ExportOptions, message: str, tmp_path: Path

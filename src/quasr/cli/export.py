@@ -15,7 +15,7 @@ from quasr.errors import MissingDependencyError, OptionError
 if TYPE_CHECKING:
     from quasr.export.manifest import Manifest
 
-GROUPS = (128, 64, 32)
+GROUPS = (128, 64, 32, 0)
 ACTIVATIONS = ("int8", "fp32")
 
 
@@ -27,7 +27,8 @@ def export(
         typer.Option("--weights", help="fp32, int8 or int4. Default: what the checkpoint has, int8 if 16 bits."),
     ] = None,
     group: Annotated[
-        int | None, typer.Option("--group", help="Weights that share a scale: 128, 64 or 32. Default: what fits.")
+        int | None,
+        typer.Option("--group", help="Weights that share a scale: 128, 64, 32; 0: a row (int8). Default: what fits."),
     ] = None,
     activations: Annotated[
         str,

@@ -247,5 +247,9 @@ def _info(manifest: Manifest, runtime: Runtime, reasons: tuple[str, ...]) -> Eng
         dtype="fp32",
         weight_bytes=sum(file.size for name, file in manifest.files.items() if name.endswith(".data")),
         reasons=(*reasons, *runtime.reasons, *met),
-        scheme=f"{manifest.weights}-g{manifest.group}" if quantised else "none",
+        scheme=_scheme(manifest) if quantised else "none",
     )
+
+
+def _scheme(manifest: Manifest) -> str:
+    return f"{manifest.weights}-g{manifest.group}" if manifest.group else manifest.weights

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from quasr.errors import CheckpointError, OptionError
-from quasr.export.linear import FLOAT, ROWS, Format, Layer, Linear, fitting_group, write_linear
+from quasr.export.linear import FLOAT, ROWS, TABLE, Format, Layer, Linear, fitting_group, write_linear
 from quasr.quant.apply import replace_layer, shaped_layer
 from quasr.quant.linear import Int4Linear, QuantisedLinear
 from quasr.quant.recipe import EMBEDDING
@@ -37,6 +37,9 @@ JOINED = {
 }
 """Layers that read the same input, as one matrix."""
 
+WHOLE_ROW = 0
+"""The group that means one scale for every row."""
+
 CONVOLUTIONS = tuple(f"encoder.stem.conv2d{number}" for number in (1, 2, 3))
 
 ENCODER_PARTS = ("self_attn.qkv", "self_attn.out_proj", "fc1", "fc2")
@@ -61,7 +64,7 @@ def matrices(config: ModelConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
 @dataclass(frozen=True, slots=True)
 class Wanted:
     """What the matrices become. `weights` is one of WEIGHTS, or None for what the source has (int8 if nothing);
-    `group` None for what the source has, or the largest that fits; the encoder has a scale for every row.
+    `group` None for what the source has, or the largest that fits, or WHOLE_ROW; the encoder always has that.
     """
 
     weights: str | None = None
@@ -111,6 +114,8 @@ def _schemes(recipe: Recipe, config: ModelConfig, folder: Path) -> dict[str, Sch
 def _weights(wanted: Wanted, recipe: Recipe | None, folder: Path) -> str:
     if wanted.weights is not None and wanted.weights not in WEIGHTS:
         raise OptionError(f"unknown weights {wanted.weights[:40]!r}: there is {', '.join(WEIGHTS)}")
+    if wanted.weights == "int4" and wanted.group == WHOLE_ROW:
+        raise OptionError("4 bits need a scale for every group: take --group 128, or leave it out")
     if recipe is None:
         return wanted.weights or "int8"
     kinds = {scheme.kind for _, scheme in recipe.rules if scheme.kind != "none"}
@@ -167,7 +172,7 @@ class _Collector:
             return self._chosen(name, layer, by_rows)
         own, columns = _group(layer), _columns(layer)
         if own == columns and not isinstance(layer, Int4Linear):
-            return ROWS if by_rows else Format(8, fitting_group(name, columns, self._wanted.group))
+            return ROWS if by_rows else self._eight_bits(name, columns)
         if self._wanted.group not in (None, own):
             raise OptionError(f"{name} is quantised in groups of {own}: leave --group out")
         return Format(4 if isinstance(layer, Int4Linear) else 8, own)
@@ -176,8 +181,16 @@ class _Collector:
         """Of a layer of a 16-bit source."""
         if by_rows:
             return ROWS
-        bits = 4 if self._wanted.weights == "int4" and name.startswith("decoder.layers.") else 8
-        return Format(bits, fitting_group(name, _columns(layer), self._wanted.group))
+        if self._wanted.weights == "int4" and name.startswith("decoder.layers."):
+            return Format(4, fitting_group(name, _columns(layer), self._wanted.group))
+        return self._eight_bits(name, _columns(layer))
+
+    def _eight_bits(self, name: str, columns: int) -> Format:
+        """Of a matrix of the decoder. The head has groups only if they are asked for: it takes a quarter less time."""
+        group = self._wanted.group
+        if group == WHOLE_ROW or (group is None and not name.startswith("decoder.layers.")):
+            return TABLE if name == EMBEDDING else ROWS
+        return Format(8, fitting_group(name, columns, group))
 
     def _file(self, name: str) -> DataFile:
         room = "stem" if name.startswith("encoder.stem.") else name.partition(".")[0]

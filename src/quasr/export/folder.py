@@ -12,6 +12,7 @@ from quasr.export.collect import Collected, Wanted, collect
 from quasr.export.datafile import DataFile
 from quasr.export.decoder import build_decoder
 from quasr.export.encoder import build_encoder
+from quasr.export.linear import TABLE
 from quasr.export.manifest import MANIFEST_FILE, EmbeddingTable, File, GraphFacts, Manifest, is_onnx_folder
 from quasr.export.stem import build_stem
 from quasr.model.config import read_config, read_json
@@ -34,8 +35,9 @@ MAX_POSITIONS = 32_768
 
 @dataclass(frozen=True, slots=True)
 class ExportOptions:
-    """`weights` fp32, int8, int4 or None for what the source has, int8 if it is not quantised; `group` 128, 64, 32
-    or None for what the source has, or the largest that fits; `activations` are those that meet quantised weights.
+    """`weights` fp32, int8, int4 or None for what the source has, int8 if it is not quantised; `group` 128, 64, 32,
+    WHOLE_ROW (int8 only) or None for what the source has, or the largest that fits, with a head that has a scale a
+    row; `activations` are those that meet quantised weights.
     """
 
     weights: str | None = None
@@ -112,7 +114,7 @@ def _embedding(collected: Collected) -> EmbeddingTable:
     table = EmbeddingTable(found.weight.file, found.weight.offset, (found.rows, found.columns), "float32")
     if found.scale is None:
         return table
-    rows, groups = found.scale.shape
-    return replace(
-        table, dtype="uint8", group=found.format.group, scale_offset=found.scale.offset, scale_shape=(rows, groups)
-    )
+    scaled = replace(table, scale_offset=found.scale.offset, scale_shape=(found.rows, found.scale.shape[-1]))
+    if found.format == TABLE:
+        return replace(scaled, dtype="int8", group=found.columns, scale_shape=(found.rows, 1), zero_point=0)
+    return replace(scaled, dtype="uint8", group=found.format.group)

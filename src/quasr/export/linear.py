@@ -40,16 +40,23 @@ Layer = nn.Linear | nn.Embedding | nn.Conv2d | Int8Linear | Int4Linear | Int8Emb
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """`bits` 32, 8 or 4; `group` columns share a scale, 0 for the whole row."""
+    """`bits` 32, 8 or 4; `group` columns share a scale, 0 for the whole row.
+
+    With a scale a row, a matrix is stored on its side, (columns, rows), unless it is a `table`.
+    """
 
     bits: int
     group: int = 0
+    table: bool = False
 
 
 FLOAT = Format(FLOAT_BITS)
 
 ROWS = Format(8)
 """For MatMulIntegerToFloat; with groups it is for MatMulNBits."""
+
+TABLE = Format(8, table=True)
+"""As ROWS, but one row after the other, so that the host can look rows up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +97,9 @@ def write_linear(file: DataFile, layers: Sequence[Layer], form: Format) -> Linea
     elif form == ROWS:
         weight = file.add(np.concatenate(list(pieces)).T)
         scales = [np.concatenate(scales)[:, 0]]
+    elif form == TABLE:
+        weight = file.stream((rows, columns), np.dtype(np.int8), pieces)
+        scales = [np.concatenate(scales)[:, 0]]
     else:
         blocks, size = columns // form.group, form.group * form.bits // 8
         weight = file.stream((rows, blocks, size), np.dtype(np.uint8), pieces)
@@ -121,7 +131,7 @@ def _encode(layer: Layer, rows: slice, form: Format) -> tuple[Tensor, Tensor | N
     if form == FLOAT:
         codes = unpack(layer.weight[rows], layer.in_features) if isinstance(layer, Int4Linear) else layer.weight[rows]
         return (codes.float().unflatten(1, (scale.shape[1], -1)) * scale[..., None]).flatten(1), None
-    if form == ROWS:
+    if not form.group:
         return layer.weight[rows], scale
     scale = scale.repeat_interleave(_columns(layer) // form.group // scale.shape[1], dim=1)
     return (layer.weight[rows] if form.bits == 4 else _unsigned(layer.weight[rows])), scale
@@ -132,7 +142,7 @@ def _quantise(weight: Tensor, form: Format) -> tuple[Tensor, Tensor | None]:
         return weight, None
     if form.bits == 8:
         codes, scale = quantise_int8(weight, form.group)
-        return (codes if form == ROWS else _unsigned(codes)), scale
+        return (_unsigned(codes) if form.group else codes), scale
     codes, scale = quantise_int4(weight, form.group)
     return pack(codes), scale
 

@@ -51,8 +51,8 @@ class GraphFacts:
 class EmbeddingTable:
     """Where the token table lies: `shape` (vocab, hidden) of `dtype` from byte `offset` of `file` on.
 
-    uint8: row = (codes - zero_point) * scale, a float32 scale for every `group` codes, (vocab, hidden / group) from
-    `scale_offset` on. float32: the rows themselves.
+    uint8 and int8: row = (codes - zero_point) * scale, a float32 scale for every `group` codes, (vocab, hidden / group)
+    from `scale_offset` on. float32: the rows themselves.
     """
 
     file: str
@@ -67,7 +67,10 @@ class EmbeddingTable:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """`weights` is fp32, int8 or int4; `source` tells where the weights came from, with the hash of each file."""
+    """`weights` is fp32, int8 or int4, `group` of the decoder's layers, 0 where a scale is for a whole row.
+
+    `source` tells where the weights came from, with the hash of each file.
+    """
 
     weights: str
     group: int

@@ -149,7 +149,7 @@ def verify_graphs(folder: Path) -> list[str]:
 def _given(folder: Path, weights: Weights) -> Choice:
     manifest = read_manifest(folder)
     if not weights.fit(manifest.weights, manifest.group):
-        own = manifest.weights if manifest.weights == "fp32" else f"{manifest.weights} in groups of {manifest.group}"
+        own = f"{manifest.weights} in groups of {manifest.group}" if manifest.group else manifest.weights
         raise OptionError(f"{folder} holds {own}: leave the compute type at auto, or export the model again")
     return Choice(folder, "the folder holds ONNX graphs")
 
