@@ -10,20 +10,21 @@ from typing import TYPE_CHECKING
 import torch
 
 from quasr.bench.job import Bandwidth
+from quasr.bench.reading import SIZE, read_speed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 CUDA_BYTES = 1 << 30
-CPU_BYTES = 1 << 28
 TRIALS = 10
 
 
 def measure_bandwidth(device: torch.device) -> Bandwidth:
-    """The best of TRIALS. On CUDA a copy, whose reads and writes both count; on a CPU reading a sum's terms."""
+    """The best of some trials. On CUDA a copy, whose reads and writes both count; on a CPU reading."""
     if device.type == "cuda":
         return Bandwidth(_cuda(device), "copy of 1 GiB, read and written", torch.cuda.get_device_name(device))
-    return Bandwidth(_cpu(), f"sum over 256 MiB with {torch.get_num_threads()} threads", processor())
+    threads = torch.get_num_threads()
+    return Bandwidth(read_speed(threads), f"largest number in {SIZE >> 20} MiB with {threads} threads", processor())
 
 
 def _cuda(device: torch.device) -> float:
@@ -35,11 +36,6 @@ def _cuda(device: torch.device) -> float:
         torch.cuda.synchronize(device)
 
     return 2 * CUDA_BYTES / _best(copy)
-
-
-def _cpu() -> float:
-    numbers = torch.ones(CPU_BYTES // 4)
-    return CPU_BYTES / _best(numbers.sum)
 
 
 def _best(work: Callable[[], object]) -> float:

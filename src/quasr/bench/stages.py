@@ -1,7 +1,8 @@
 """The stages of one clip on a CPU: `python -m quasr.bench.stages FOLDER`, one engine a process.
 
 An ONNX folder runs without torch, so that the peak of memory is the engine's own; a checkpoint runs in torch, in the
-precision given.
+precision given. Between the calls another process measures how fast memory is read: what a token takes is also told as
+a multiple of what reading the decoder's weights once would take.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from quasr.bench.reading import read_speed_elsewhere
 from quasr.bench.systems import Prompt
 from quasr.engine.base import ClipRequest
 from quasr.engine.device import choose, peak_memory
@@ -24,12 +26,15 @@ from quasr.model.config import read_config
 from quasr.types import SAMPLE_RATE
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from quasr.engine.base import Engine
 
 PRECISIONS = ("fp32", "bf16", "dynamic-int8")
 """Of torch. The last is torch's own `quantize_dynamic` on every linear layer of an fp32 network."""
+
+DECODER_WEIGHTS = "decoder.onnx.data"
+"""Of an ONNX folder: what a step reads, but for a page of small tensors."""
 
 MILLISECONDS = 1000.0
 
@@ -64,10 +69,13 @@ def open_engine(folder: Path, precision: str, threads: int) -> Engine:
     return TorchEngine(network, frozenset(), placement)
 
 
-def measure(engine: Engine, request: ClipRequest, repeats: int) -> list[Stages]:
-    """As many calls, after one that is not counted."""
+def measure(
+    engine: Engine, request: ClipRequest, repeats: int, between: Callable[[], None] = lambda: None
+) -> list[Stages]:
+    """As many calls, after one that is not counted; `between` before each."""
     found = []
     for _ in range(repeats + 1):
+        between()
         before, started = asdict(engine.stats), time.perf_counter()
         (result,) = engine.run([request])
         seconds = time.perf_counter() - started
@@ -87,21 +95,33 @@ def _arguments(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Writes one line of JSON: the least and the median of every stage, the peak of memory and the weights, in MB."""
+    """Writes one line of JSON: the least and the median of every stage, MB at the peak and of weights, GB/s read."""
     options = _arguments(arguments)
     prompt = Prompt.of(read_config(options.folder))
     noise = np.random.default_rng(0).standard_normal(options.seconds * SAMPLE_RATE, dtype=np.float32) / 10
     request = ClipRequest(noise, prompt.prefix, prompt.suffix, options.tokens)
     engine = open_engine(options.folder, options.precision, options.threads)
-    table = np.array([list(asdict(one).values()) for one in measure(engine, request, options.repeats)])
+    speeds: list[float] = []
+    found = measure(engine, request, options.repeats, lambda: speeds.append(read_speed_elsewhere(options.threads)))
+    table = np.array([list(asdict(one).values()) for one in found])
     figures = {
         name: dict(zip(asdict(Stages(0, 0, 0, 0)), np.round(numbers, 4).tolist(), strict=True))
         for name, numbers in (("least", table.min(axis=0)), ("median", np.median(table, axis=0)))
     }
     peak, _ = peak_memory()
     memory = {"peak_mb": (peak or 0) // 10**6, "weights_mb": engine.info.weight_bytes // 10**6}
-    sys.stdout.write(json.dumps({"engine": engine.info.name, **figures, **memory}) + "\n")
+    limit = _limit(options.folder, speeds, figures)
+    sys.stdout.write(json.dumps({"engine": engine.info.name, **figures, **memory, **limit}) + "\n")
     return 0
+
+
+def _limit(folder: Path, speeds: Sequence[float], figures: dict[str, dict[str, float]]) -> dict[str, float]:
+    """GB/s read, and the least time of a token over that of reading a folder's decoder at the best of these speeds."""
+    limit = {"read_gbs": round(max(speeds) / 1e9, 2), "read_gbs_median": round(float(np.median(speeds)) / 1e9, 2)}
+    if not is_onnx_folder(folder):
+        return limit
+    reading = MILLISECONDS * (folder / DECODER_WEIGHTS).stat().st_size / max(speeds)
+    return {**limit, "times_limit": round(figures["least"]["token"] / reading, 3)}
 
 
 if __name__ == "__main__":
