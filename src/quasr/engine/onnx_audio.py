@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from quasr.export.manifest import GraphFacts
 
-STEM_CHUNKS = 3
+STEM_CHUNKS = 2
 """Chunks, of 1 s each, that go through the stem at once: bounds its memory whatever the clip's length."""
 
 ENCODER_TOKENS = 832
