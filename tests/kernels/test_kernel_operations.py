@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import pytest
@@ -13,7 +14,7 @@ from fast_samples import DEVICE
 from quasr.errors import OptionError
 from quasr.kernels import dispatch, reference, triton_product
 from quasr.kernels.matrix import Heads, Matrix, Norm
-from quasr.kernels.state import DecodeState, Places
+from quasr.kernels.state import DecodeState, Places, Prompts
 from quasr.quant.linear import pack, quantise_int4, quantise_int8
 
 if TYPE_CHECKING:
@@ -91,6 +92,7 @@ def products(scheme: str, dtype: torch.dtype, m: int, shape: tuple[int, int]) ->
     close(table.linear(x.to(dtype), weights), reference.linear(x.to(dtype).float(), wide), dtype)
     even = Matrix(weights.weight[: rows // 2 * 2], None if weights.scale is None else weights.scale[: rows // 2 * 2])
     close(table.gated_linear(x, even, gain), reference.gated_linear(x, exact(even), fp32), dtype)
+    close(table.gated_linear(x.to(dtype), even), reference.gated_linear(x.to(dtype).float(), exact(even)), dtype)
     got = torch.randn(m, rows, device=DEVICE)
     expected = got.clone()
     table.add_linear(x.to(dtype), weights, got)
@@ -227,6 +229,72 @@ def test_attention() -> None:
 @pytest.mark.parametrize("counts", [(6, 2, 16), (5, 1, 80), *[(4, 4, 32), (16, 8, 24)][: 2 * THOROUGH]], ids=str)
 def test_attention_of_awkward_shapes(counts: tuple[int, int, int], dtype: torch.dtype, case: str) -> None:
     attention(dtype, heads_of(*counts, dtype), case)
+
+
+PROMPTS = {
+    "one": ([9], [5]),
+    "ragged": ([70, 1, 16, 33], [60, 10, 135, 20]),
+    "equal": ([40, 40], [0, 40]),
+    "long": ([150], [3]),
+}
+"""Lengths and offsets."""
+
+
+def prompts_of(case: str) -> Prompts:
+    lengths, offsets = PROMPTS[case]
+    starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=DEVICE)
+    return Prompts(tuple(lengths), tuple(offsets), starts, torch.tensor(offsets, device=DEVICE))
+
+
+def attention_of_prompts(dtype: torch.dtype, heads: Heads, case: str) -> None:
+    """Positions that no prompt owns hold NaN."""
+    prompts = prompts_of(case)
+    q = 2 * torch.randn(sum(prompts.lengths), heads.query_width, device=DEVICE).to(dtype)
+    stores = [torch.full((heads.kv_count, 200, heads.size), torch.nan, device=DEVICE, dtype=dtype) for _ in range(2)]
+    for store in stores:
+        for length, offset in zip(prompts.lengths, prompts.offsets, strict=True):
+            store[:, offset : offset + length] = torch.randn(heads.kv_count, length, heads.size, device=DEVICE)
+    got = kernels(dtype).attend_prompts(q, *stores, prompts, heads)
+    assert got.dtype == dtype
+    expected = reference.attend_prompts(q.float(), *(store.float() for store in stores), prompts, heads)
+    close(got, expected, dtype)
+
+
+@pytest.mark.parametrize("case", PROMPTS)
+def test_attention_of_prompts(case: str) -> None:
+    attention_of_prompts(WIDE[-1], heads_of(4, 2, 16, WIDE[-1]), case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", PROMPTS)
+@pytest.mark.parametrize("dtype", WIDE, ids=str)
+@pytest.mark.parametrize("counts", [(3, 3, 16), (5, 1, 24), *[(16, 8, 128), (32, 2, 80)][: 2 * THOROUGH]], ids=str)
+def test_attention_of_prompts_of_awkward_shapes(counts: tuple[int, int, int], dtype: torch.dtype, case: str) -> None:
+    attention_of_prompts(dtype, heads_of(*counts, dtype), case)
+
+
+@pytest.mark.parametrize("case", PROMPTS)
+def test_prompts_are_attended_as_token_by_token(case: str) -> None:
+    """Two references: one that takes whole prompts, one in which each token reads the cache for itself."""
+    heads, prompts = heads_of(4, 2, 16, torch.float32), prompts_of(case)
+    q = torch.randn(sum(prompts.lengths), heads.query_width, device=DEVICE)
+    keys, values = (torch.randn(heads.kv_count, 200, heads.size, device=DEVICE) for _ in range(2))
+    offsets = prompts.begins.repeat_interleave(torch.tensor(prompts.lengths, device=DEVICE))
+    steps = torch.cat([torch.arange(length, device=DEVICE) for length in prompts.lengths])
+    places = Places(offsets, steps, torch.zeros_like(steps, dtype=torch.bool))
+    expected = reference.attend(q, keys, values, places, heads)
+    close(reference.attend_prompts(q, keys, values, prompts, heads), expected, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", WIDE, ids=str)
+def test_norm_of_a_residual(dtype: torch.dtype) -> None:
+    x, y, gain = 3 * torch.randn(7, 80, device=DEVICE), torch.randn(7, 80, device=DEVICE).to(dtype), norm(80, dtype)
+    expected, exact_gain, table = x.clone(), Norm(gain.weight.float(), gain.eps), kernels(dtype)
+    close(table.add_rms_norm(x, None, gain), reference.rms_norm(x, exact_gain), dtype)
+    got = table.add_rms_norm(x, y, gain)
+    assert got.dtype == dtype
+    close(got, reference.add_rms_norm(expected, y.float(), exact_gain), dtype)
+    assert torch.equal(x, expected)
 
 
 def test_rows_stop_and_stay() -> None:

@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quasr.engine.matrices import QUANTISED, fuse, matrix_of
 from quasr.errors import OptionError
 from quasr.kernels.matrix import Heads, Norm
-from quasr.kernels.state import CachePool, DecodeState, Places
+from quasr.kernels.state import CachePool, DecodeState, Places, Prompts
 from quasr.model.transfer import to_device
 
 if TYPE_CHECKING:
@@ -92,14 +91,19 @@ class FastDecoder:
 
         embeddings: (sum of lengths, hidden), prompt after prompt; offsets: where each prompt's row begins in the pool.
         """
-        packed = _Packed.of(lengths, offsets, embeddings.device)
-        x = embeddings.to(torch.float32, copy=True)
+        packed, kernels = _Packed.of(lengths, offsets, embeddings.device), self.kernels
+        x, y = embeddings.to(torch.float32, copy=True), None
         for index, layer in enumerate(self.layers):
             keys, values = cache.layer(index)
-            qkv = self.kernels.linear(x, layer.qkv, layer.input_norm)
-            q = self.kernels.rotate_write(qkv, keys, values, packed.places, layer.heads)
-            self._finish_layer(x, packed.attend(q, qkv, (keys, values), layer.heads), layer)
-        return x[packed.last]
+            qkv = kernels.linear(kernels.add_rms_norm(x, y, layer.input_norm), layer.qkv)
+            q = kernels.rotate_write(qkv, keys, values, packed.places, layer.heads)
+            mixed = kernels.attend_prompts(q, keys, values, packed.prompts, layer.heads)
+            if index == len(self.layers) - 1:
+                # Of what comes now only the last positions are asked for.
+                x, mixed = x[packed.last], mixed[packed.last]
+            h = kernels.add_rms_norm(x, kernels.linear(mixed, layer.output), layer.inner_norm)
+            y = kernels.linear(kernels.gated_linear(h, layer.gate_up), layer.down)
+        return x if y is None else x.add_(y)
 
     def prefill_tokens(self, x: Tensor, places: Places, cache: CachePool) -> Tensor:
         """As `prefill` of embeddings x (m, hidden) fp32, overwritten, whose tokens go to `places`: (m, hidden) fp32.
@@ -164,38 +168,25 @@ class FastDecoder:
 
 @dataclass(frozen=True, slots=True)
 class _Packed:
-    """Prompts one after the other. `table` (prompts, longest): each prompt's rows, its last one repeated to the end.
-
-    `inside`: (total,) where each row stands in `table`, flattened. All is made on the host, so that nothing waits.
-    """
+    """Prompts one after the other; `last` (prompts,) is each one's last row. All is made on the host, so that nothing
+    waits."""
 
     places: Places
-    table: Tensor
-    inside: Tensor
+    prompts: Prompts
     last: Tensor
 
     @classmethod
     def of(cls, lengths: Sequence[int], offsets: Sequence[int], device: torch.device) -> _Packed:
-        counts = np.array(lengths)
-        ends = counts.cumsum()
-        steps = np.arange(counts.max())
-        inside = steps < counts[:, None]
-        table = np.minimum((ends - counts)[:, None] + steps, ends[:, None] - 1)
+        starts = np.cumsum([0, *lengths])
+        rows = np.arange(starts[-1]) - np.repeat(starts[:-1], lengths)
+        begins = to_device(offsets, device)
         places = Places(
-            to_device(np.repeat(offsets, counts), device),
-            to_device(np.broadcast_to(steps, inside.shape)[inside], device),
-            torch.zeros(sum(lengths), dtype=torch.bool, device=device),
+            to_device(np.repeat(offsets, lengths), device),
+            to_device(rows, device),
+            torch.zeros(len(rows), dtype=torch.bool, device=device),
         )
-        found = (table, np.flatnonzero(inside), ends - 1)
-        return cls(places, *(to_device(one, device) for one in found))
-
-    def attend(self, q: Tensor, qkv: Tensor, layer: tuple[Tensor, Tensor], heads: Heads) -> Tensor:
-        """Causal attention inside each prompt: (total, query_width) of the same shape. Padding stands at the end."""
-        where = self.places.offsets + self.places.lengths
-        k, v = (cache[:, where[self.table]].transpose(0, 1) for cache in layer)
-        padded = q.unflatten(-1, (heads.count, -1))[self.table].transpose(1, 2)
-        y = F.scaled_dot_product_attention(padded, k, v, is_causal=True, enable_gqa=True)
-        return y.transpose(1, 2).flatten(0, 1)[self.inside].flatten(1)
+        prompts = Prompts(tuple(lengths), tuple(offsets), to_device(starts.astype(np.int32), device), begins)
+        return cls(places, prompts, to_device(starts[1:] - 1, device))
 
 
 def _draft_places(state: DecodeState, count: int) -> Places:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from quasr.kernels.matrix import Heads, LayerNorm, Matrix, Norm
-    from quasr.kernels.state import DecodeState, Places
+    from quasr.kernels.state import DecodeState, Places, Prompts
 
 VARIABLE = "QUASR_KERNELS"
 """The environment variable: `auto`, the default, `reference` for the plain kernels, or `triton`, which fails loudly."""
@@ -32,6 +32,10 @@ FIRST_BF16_CAPABILITY = (8, 0)
 
 class Linear(Protocol):
     def __call__(self, x: Tensor, matrix: Matrix, norm: Norm | None = None) -> Tensor: ...
+
+
+class PromptAttention(Protocol):
+    def __call__(self, q: Tensor, keys: Tensor, values: Tensor, prompts: Prompts, heads: Heads) -> Tensor: ...
 
 
 class Attention(Protocol):
@@ -50,11 +54,13 @@ class Kernels:
     capturable: bool
     linear: Linear
     add_linear: Callable[[Tensor, Matrix, Tensor], None]
-    gated_linear: Callable[[Tensor, Matrix, Norm], Tensor]
+    gated_linear: Linear
+    add_rms_norm: Callable[[Tensor, Tensor | None, Norm], Tensor]
     embed: Callable[[Tensor, Matrix], Tensor]
     rotate_write: Attention
     attend: Attention
     attend_step: Attention
+    attend_prompts: PromptAttention
     choose: Callable[[Tensor, Norm, Matrix], tuple[Tensor, Tensor]]
     advance: Callable[[DecodeState, Tensor, Tensor], None]
     dequantise: Callable[[Matrix], Tensor]
@@ -77,10 +83,12 @@ OPERATIONS = (
     "linear",
     "add_linear",
     "gated_linear",
+    "add_rms_norm",
     "embed",
     "rotate_write",
     "attend",
     "attend_step",
+    "attend_prompts",
     "choose",
     "advance",
     "dequantise",
@@ -136,8 +144,8 @@ def _lack(device: torch.device, dtype: torch.dtype) -> str | None:
 
 def triton(device: torch.device, dtype: torch.dtype) -> Kernels:
     """The Triton kernels for every operation; on a CPU they need Triton's interpreter and serve tests alone."""
-    from quasr.kernels import triton_attention, triton_audio, triton_linear, triton_rows
+    from quasr.kernels import triton_attention, triton_audio, triton_linear, triton_prompt, triton_rows
 
-    table = _table(triton_linear, triton_attention, triton_rows, triton_audio)
+    table = _table(triton_linear, triton_attention, triton_prompt, triton_rows, triton_audio)
     where = "Triton's interpreter" if device.type == "cpu" else f"Triton on {device}"
     return Kernels("triton", f"{where} in {dtype}", device.type == "cuda", **table)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from quasr.kernels.matrix import Heads, Matrix, Norm
-    from quasr.kernels.state import DecodeState, Places
+    from quasr.kernels.state import DecodeState, Places, Prompts
 
 HEAD_NUMBERS = 1 << 25
 """Weights of the head that are dequantised at once."""
@@ -41,6 +41,13 @@ def rms_norm(x: Tensor, norm: Norm) -> Tensor:
     return norm.weight * wide.to(norm.weight.dtype)
 
 
+def add_rms_norm(x: Tensor, y: Tensor | None, norm: Norm) -> Tensor:
+    """x (m, k) fp32 += y (m, k), in place, where there is a y; `rms_norm` of it."""
+    if y is not None:
+        x += y
+    return rms_norm(x, norm)
+
+
 def linear(x: Tensor, matrix: Matrix, norm: Norm | None = None) -> Tensor:
     """(m, k) -> (m, n) in the matrix's dtype: norm(x) W^T."""
     normed = x if norm is None else rms_norm(x, norm)
@@ -52,7 +59,7 @@ def add_linear(x: Tensor, matrix: Matrix, residual: Tensor) -> None:
     residual += linear(x, matrix)
 
 
-def gated_linear(x: Tensor, matrix: Matrix, norm: Norm) -> Tensor:
+def gated_linear(x: Tensor, matrix: Matrix, norm: Norm | None = None) -> Tensor:
     """(m, k) -> (m, n / 2): silu(gate) * up, where gate and up are the halves of norm(x) W^T (Shazeer 2020)."""
     gate, up = linear(x, matrix, norm).chunk(2, dim=-1)
     return F.silu(gate) * up
@@ -103,6 +110,23 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, places: Places, heads: Heads
         # The query heads that share a key head stand where tokens would.
         grouped = q[row].view(heads.kv_count, -1, heads.size)
         out[row] = F.scaled_dot_product_attention(grouped, keys[:, seen], values[:, seen]).flatten()
+    return out
+
+
+def attend_prompts(q: Tensor, keys: Tensor, values: Tensor, prompts: Prompts, heads: Heads) -> Tensor:
+    """Rotated queries (tokens of all prompts, heads.query_width) -> causal attention inside each prompt.
+
+    keys, values: (kv_heads, positions, head_dim), which hold those of the prompts.
+    """
+    out = torch.empty_like(q)
+    end = 0
+    for length, offset in zip(prompts.lengths, prompts.offsets, strict=True):
+        own, seen = slice(end, end + length), slice(offset, offset + length)
+        end += length
+        part = q[own].unflatten(1, (heads.count, -1)).transpose(0, 1)[None]
+        k, v = keys[None, :, seen], values[None, :, seen]
+        y = F.scaled_dot_product_attention(part, k, v, is_causal=True, enable_gqa=True)
+        out[own] = y[0].transpose(0, 1).flatten(1)
     return out
 
 

@@ -50,6 +50,24 @@ class Places:
 
 
 @dataclass(frozen=True, slots=True)
+class Prompts:
+    """Prompts packed one after the other: prompt i has `lengths[i]` tokens, whose positions begin at `offsets[i]`.
+
+    The host knows both, so that nothing waits for the device, where `starts` (prompts + 1,) int32 says which token each
+    prompt begins with, and where the last one ends; `begins` (prompts,) int64 are the offsets.
+    """
+
+    lengths: tuple[int, ...]
+    offsets: tuple[int, ...]
+    starts: Tensor
+    begins: Tensor
+
+    @property
+    def longest(self) -> int:
+        return max(self.lengths)
+
+
+@dataclass(frozen=True, slots=True)
 class DecodeState:
     """Static tensors that a captured step reads and writes; all (rows,) but where it says otherwise.
 

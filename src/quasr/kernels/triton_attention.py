@@ -1,4 +1,4 @@
-"""Query and key norms, RoPE, the write into the cache and attention over it, for rows of any lengths.
+"""Attention over the cache for rows of any lengths; with one new token a row, its norms, RoPE and write too.
 
 A program takes one row, one key head and a part of the positions. The last part of a row and head to end puts the
 parts together (flash decoding, Dao et al. 2023), always in the same order, so that a result never depends on timing.
@@ -196,39 +196,6 @@ def attention(
             tl.store(counters + row * KV + kv, 0)
 
 
-@triton.jit
-def rotation(
-    x, keys, values, offsets, lengths, idle, q_norm, k_norm, rates, out, q_eps, k_eps, positions,
-    HEADS: tl.constexpr, KV: tl.constexpr, SIZE: tl.constexpr, DP: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """One head of one token a program: query heads first, then key heads, then value heads."""
-    if PDL:
-        gdc_wait()
-        gdc_launch()
-    row, head = tl.program_id(0), tl.program_id(1)
-    d = tl.arange(0, DP)[None, :]
-    place = tl.load(lengths + row)
-    busy = tl.load(idle + row) == 0
-    one = tl.zeros((1,), tl.int64)
-    start = (row.to(tl.int64) * (HEADS + 2 * KV) + head) * SIZE + one
-    cosine, sine = turn(rates, place, SIZE, DP)
-    if head < HEADS:
-        q_here, q_there = halves(q_norm, SIZE, DP)
-        y = turned(x, start, q_here, q_there, cosine, sine, q_eps, one == 0, SIZE, DP)
-        target = (row.to(tl.int64) * HEADS + head) * SIZE + d
-        tl.store(out + target, y.to(out.dtype.element_ty), mask=d < SIZE)
-    else:
-        kv = (head - HEADS) % KV
-        target = (kv.to(tl.int64) * positions + tl.load(offsets + row) + place) * SIZE + d
-        if head < HEADS + KV:
-            k_here, k_there = halves(k_norm, SIZE, DP)
-            y = turned(x, start, k_here, k_there, cosine, sine, k_eps, one == 0, SIZE, DP)
-            tl.store(keys + target, y.to(keys.dtype.element_ty), mask=(d < SIZE) & busy)
-        else:
-            v = tl.load(x + start[:, None] + d, mask=d < SIZE, other=0)
-            tl.store(values + target, v.to(values.dtype.element_ty), mask=(d < SIZE) & busy)
-
-
 @cache
 def _counters(count: int, device: torch.device) -> Tensor:
     """Zeros, which every launch leaves as zeros."""
@@ -239,19 +206,6 @@ def plan(rows: int, heads: Heads) -> AttentionPlan:
     """About two programs for each of the 132 multiprocessors of an H200, and no more parts than pay."""
     splits = max(1, min(8, 256 // (rows * heads.kv_count)))
     return AttentionPlan(block(splits + 1) // 2, 64, 4)
-
-
-def rotate_write(x: Tensor, keys: Tensor, values: Tensor, places: Places, heads: Heads) -> Tensor:
-    """See `reference.rotate_write`."""
-    out = x.new_empty(len(x), heads.query_width)
-    pdl = pdl_works(x.device)
-    rotation[len(x), heads.count + 2 * heads.kv_count](
-        x, keys, values, places.offsets, places.lengths, places.idle,
-        heads.q_norm.weight, heads.k_norm.weight, heads.rates, out, heads.q_norm.eps, heads.k_norm.eps, keys.shape[1],
-        HEADS=heads.count, KV=heads.kv_count, SIZE=heads.size, DP=block(heads.size), PDL=pdl,
-        **launch_options(1, pdl),
-    )  # fmt: skip
-    return out
 
 
 def attend(x: Tensor, keys: Tensor, values: Tensor, places: Places, heads: Heads) -> Tensor:

@@ -51,10 +51,10 @@ def add_linear(x: Tensor, matrix: Matrix, residual: Tensor) -> None:
         _launch(x, matrix, None, (residual,), ADD)
 
 
-def gated_linear(x: Tensor, matrix: Matrix, norm: Norm) -> Tensor:
+def gated_linear(x: Tensor, matrix: Matrix, norm: Norm | None = None) -> Tensor:
     """See `reference.gated_linear`."""
     if route(matrix, len(x)) == "torch":
-        return silu_gate(F.linear(rms_norm(x, norm), dequantise(matrix)))
+        return silu_gate(F.linear(x if norm is None else rms_norm(x, norm), dequantise(matrix)))
     out = torch.empty(len(x), matrix.rows // 2, dtype=matrix.dtype, device=x.device)
     _launch(x, matrix, norm, (out,), GATE)
     return out

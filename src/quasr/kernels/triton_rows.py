@@ -18,14 +18,17 @@ if TYPE_CHECKING:
 
 
 @triton.jit
-def normalisation(x, norm, out, k, eps, BK: tl.constexpr, PDL: tl.constexpr):
-    """out (m, k) = norm * x / rms(x)."""
+def normalisation(x, y, norm, out, k, eps, ADD: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr):
+    """out (m, k) = norm * x / rms(x); with ADD, x += y first."""
     if PDL:
         gdc_wait()
         gdc_launch()
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BK)
     found = tl.load(x + row * k + columns, mask=columns < k, other=0).to(tl.float32)
+    if ADD:
+        found += tl.load(y + row * k + columns, mask=columns < k, other=0).to(tl.float32)
+        tl.store(x + row * k + columns, found, mask=columns < k)
     found *= tl.rsqrt(tl.sum(found * found, axis=0) / k + eps)
     found *= tl.load(norm + columns, mask=columns < k, other=0).to(tl.float32)
     tl.store(out + row * k + columns, found.to(out.dtype.element_ty), mask=columns < k)
@@ -117,11 +120,17 @@ def advancement(
 
 def rms_norm(x: Tensor, norm: Norm) -> Tensor:
     """See `reference.rms_norm`, for (m, k)."""
+    return add_rms_norm(x, None, norm)
+
+
+def add_rms_norm(x: Tensor, y: Tensor | None, norm: Norm) -> Tensor:
+    """See `reference.add_rms_norm`."""
     out = torch.empty(x.shape, dtype=norm.weight.dtype, device=x.device)
     pdl = pdl_works(x.device)
     normalisation[len(x),](
-        x, norm.weight, out, x.shape[1], norm.eps, BK=block(x.shape[1]), PDL=pdl, **launch_options(4, pdl)
-    )
+        x, x if y is None else y, norm.weight, out, x.shape[1], norm.eps,
+        ADD=y is not None, BK=block(x.shape[1]), PDL=pdl, **launch_options(4, pdl),
+    )  # fmt: skip
     return out
 
 
