@@ -52,6 +52,24 @@ def test_it_gives_what_the_module_gives(config: AudioConfig, frames: list[int], 
     torch.testing.assert_close(encoder.encode(mel, frames), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(("dtype", "rounded"), [(torch.float32, False), (torch.bfloat16, True)], ids=str)
+@torch.inference_mode()
+def test_fp32_is_not_rounded_by_cudnn(dtype: torch.dtype, rounded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By default cuDNN may round the factors of fp32 convolutions to 10 bits. The process's own setting comes back."""
+    encoder, seen = build(AUDIO).to(dtype), []
+    convolve = torch.nn.functional.conv2d
+
+    def watched(*inputs: object, **options: object) -> torch.Tensor:
+        seen.append(torch.backends.cudnn.allow_tf32)
+        return convolve(*inputs, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "conv2d", watched)
+    for network in (encoder, FastEncoder.from_model(encoder, plain("a test"))):
+        network.stem(torch.randn(1, 16, 100))
+        assert torch.backends.cudnn.allow_tf32
+    assert seen == [rounded] * 6
+
+
 @torch.inference_mode()
 def test_fp16_keeps_a_wide_residual() -> None:
     """Two layers add 60,000 each; fp16 holds 65,504."""

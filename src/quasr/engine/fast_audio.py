@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from quasr.engine.matrices import QUANTISED, fuse, matrix_of
 from quasr.errors import OptionError
 from quasr.kernels.matrix import LayerNorm, Matrix
-from quasr.model.encoder import STEM_SLICE, residual_dtype, sinusoids, split_chunks, window_tokens
+from quasr.model.encoder import STEM_SLICE, own_precision, residual_dtype, sinusoids, split_chunks, window_tokens
 from quasr.model.transfer import to_device
 from quasr.weights.load import assign
 
@@ -117,9 +117,10 @@ class FastEncoder:
     def stem(self, chunks: Tensor) -> Tensor:
         """(chunks, mel_bins, chunk_frames) -> (chunks, chunk_tokens, width)."""
         first, second, third = self._stem.convolutions
-        x = self.kernels.convolve_mel(chunks, *first)
-        x = self.kernels.add_gelu(_convolve(x, second[0]), second[1])
-        x = self.kernels.stem_features(_convolve(x, third[0]), third[1])
+        with own_precision(self._stem.projection.dtype):
+            x = self.kernels.convolve_mel(chunks, *first)
+            x = self.kernels.add_gelu(_convolve(x, second[0]), second[1])
+            x = self.kernels.stem_features(_convolve(x, third[0]), third[1])
         return F.linear(x, self._stem.projection) + self._stem.positions
 
     def transform(self, x: Tensor, starts: Tensor) -> Tensor:

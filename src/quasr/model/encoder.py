@@ -8,6 +8,7 @@ a *window* is 8 chunks = 104 tokens, inside which attention is bidirectional and
 from __future__ import annotations
 
 import math
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
@@ -44,6 +45,17 @@ def layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
         return norm(x)
     y = F.layer_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.bias.to(x.dtype), norm.eps)
     return y.to(norm.weight.dtype)
+
+
+@contextmanager
+def own_precision(dtype: torch.dtype) -> Iterator[None]:
+    """In fp32, convolutions of cuDNN multiply in fp32 too; left to itself it rounds what it multiplies to 10 bits."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = before and dtype != torch.float32
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 @cache
@@ -145,8 +157,9 @@ class Stem(nn.Module):
 
     def forward(self, chunks: Tensor) -> Tensor:
         x = chunks[:, None].to(self.conv2d1.weight.dtype)
-        for conv in (self.conv2d1, self.conv2d2, self.conv2d3):
-            x = F.gelu(conv(x))
+        with own_precision(x.dtype):
+            for conv in (self.conv2d1, self.conv2d2, self.conv2d3):
+                x = F.gelu(conv(x))
         x = self.conv_out(x.permute(0, 3, 1, 2).flatten(2))
         return x + _positions(x.shape[1], x.shape[2], x.device, x.dtype)
 
