@@ -68,7 +68,8 @@ class OnnxEngine(Reporting):
         self, folder: Path, stop_ids: Collection[int], runtime: Runtime, reasons: tuple[str, ...] = ()
     ) -> None:
         manifest = read_manifest(folder)
-        sessions = {name: open_session(folder / f"{name}.onnx", runtime) for name in ("stem", "encoder", "decoder")}
+        # The decoder first: while it is loaded it takes twice its head, and the others fit into that afterwards.
+        sessions = {name: open_session(folder / f"{name}.onnx", runtime) for name in ("decoder", "stem", "encoder")}
         self._facts = manifest.graph
         self._audio: AudioGraphs | None = AudioGraphs(sessions["stem"], sessions["encoder"], manifest.graph)
         self._session: Any = sessions["decoder"]
