@@ -185,8 +185,10 @@ class FastEngine(Reporting):
         """As `Engine.close`; `submit` raises RuntimeError afterwards."""
         self._model = None
         self._forget_clips()
-        self._steps.forget()
         self._cache = None
+        if isinstance(self._prefill, GraphedPrefill):
+            # It and its graphs hold each other, and with them the weights.
+            self._prefill.forget()
         del self._decoder, self._steps, self._rows, self._prefill, self._encode
         if self._device.type == "cuda":
             torch.cuda.empty_cache()

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from quasr.engine.steps import finish_replays
 from quasr.kernels.state import Places
 from quasr.model.transfer import to_device
 
@@ -113,6 +114,8 @@ class GraphedPrefill:
 
     def forget(self) -> None:
         """Drops the graphs, because the cache that they fill is to be replaced."""
+        if self._cache is not None and self._cache.keys.is_cuda:
+            finish_replays()
         self._cache = self._run = None
 
     def prefill(self, embeddings: Tensor, lengths: Sequence[int], offsets: Sequence[int], cache: CachePool) -> Tensor:

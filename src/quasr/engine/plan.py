@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from quasr.quant.recipe import Recipe
     from quasr.quant.scheme import Kind
 
-CUDA_CONTEXT = 890_000_000
+CUDA_CONTEXT = 1_040_000_000
 """The CUDA context, kernels, graphs and what torch's allocator keeps in reserve, beside the tensors: measured on an
 H200 with torch 2.11 (docs/log.md). It depends on GPU and driver."""
 

@@ -15,6 +15,15 @@ BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 """Rows that a graph is captured for; fewer rows use the next one, whose other rows are idle."""
 
 
+def finish_replays() -> None:
+    """Waits for the device before graphs are dropped.
+
+    Their memory belongs to the stream that captured them, and before it unmaps an expandable segment torch waits for
+    that stream alone: without this, a graph that is still queued on another may find its memory gone.
+    """
+    torch.cuda.synchronize()
+
+
 class Steps:
     """Runs `decoder.step`. A graph belongs to the tensors it was captured with: call `forget` before replacing them."""
 
@@ -43,7 +52,9 @@ class Steps:
             self._graphs[state.rows].replay()
 
     def forget(self) -> None:
-        """Drops all graphs, and the memory that they shared."""
+        """Drops all graphs, and the memory that they shared, when they have run."""
+        if self._graphs:
+            finish_replays()
         self._graphs.clear()
         self._memory = None
 
