@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ import torch
 from quasr.engine.fast import FastDecoder
 from quasr.engine.fast_audio import FastEncoder
 from quasr.engine.graphs import PROMPT_TOKENS, WINDOW_ROWS, GraphedEncoder, GraphedPrefill, Graphs
+from quasr.engine.steps import Steps
 from quasr.kernels.dispatch import plain
 from quasr.model.config import AudioConfig, TextConfig
 from quasr.model.decoder import Decoder
@@ -97,3 +98,16 @@ def test_a_graph_gives_what_the_function_gives() -> None:
         x = torch.randn(size, 8, device="cuda")
         torch.testing.assert_close(graphs(x), (x @ x.T).relu())
     assert [shape[0] for shape in runs] == [4, 4, 6]
+
+
+def test_graphs_are_dropped_when_the_device_is_idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A queued graph whose memory has gone reads where nothing is."""
+    steps = Steps(cast("FastDecoder", None), graphs=True)
+    held: list[int] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: held.append(len(steps._graphs)))
+    steps.forget()
+    assert held == []
+    steps._graphs[1] = cast("torch.cuda.CUDAGraph", None)
+    steps.forget()
+    assert held == [1]
+    assert not steps._graphs

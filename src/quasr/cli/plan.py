@@ -24,7 +24,7 @@ COLUMNS = (
     "compute type", "dtype", "clip s", "batch", "weights", "cache", "activations", "context", "peak", "fits",
 )  # fmt: skip
 
-UNMEASURED = "figures for CUDA are calculated and not yet measured: leave some room"
+ELSEWHERE = "what CUDA itself takes was measured on one GPU (H200): leave some room on others"
 
 
 def plan(
@@ -80,7 +80,7 @@ def _explain(found: Plan, device: str) -> None:
         if row.problem:
             note(f"{row.candidate.name}: {row.problem}")
     if device == "cuda":
-        note(UNMEASURED)
+        note(ELSEWHERE)
     result(f"chosen: {found.why()}")
 
 
