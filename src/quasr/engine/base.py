@@ -190,3 +190,27 @@ def memory_error(device: str, requests: Sequence[ClipRequest]) -> ResourceError:
         f"out of memory on {device} with {len(requests)} clips of up to {longest:.0f} s: "
         "use a smaller batch (--batch-size), a smaller dtype or another device"
     )
+
+
+def run_group(
+    engine: Engine, requests: Sequence[ClipRequest]
+) -> tuple[list[ClipResult], list[tuple[Ticket, ClipResult]]]:
+    """The results of `requests` in their order, through `submit` and `step`, and what else has ended meanwhile.
+
+    Raises as those do, after cancelling what was submitted here.
+    """
+    group = object()
+    found: dict[Ticket, ClipResult] = {}
+    others: list[tuple[Ticket, ClipResult]] = []
+    try:
+        tickets = [engine.submit(request, group) for request in requests]
+        while len(found) < len(tickets):
+            for ticket, result in engine.step():
+                if ticket.group is group:
+                    found[ticket] = result
+                else:
+                    others.append((ticket, result))
+    except BaseException:
+        engine.cancel(group)
+        raise
+    return [found[ticket] for ticket in tickets], others

@@ -17,7 +17,7 @@ import torch
 
 from quasr.engine import device as devices
 from quasr.engine import scheduler
-from quasr.engine.base import ClipResult, EngineStats, Reporting, Ticket, belongs, nan_error
+from quasr.engine.base import ClipResult, EngineStats, Reporting, Ticket, belongs, nan_error, run_group
 from quasr.engine.fast import FastDecoder
 from quasr.engine.fast_audio import LARGE_SLICE, FastEncoder
 from quasr.engine.graphs import GraphedEncoder, GraphedPrefill
@@ -151,22 +151,8 @@ class FastEngine(Reporting):
 
     def run(self, requests: Sequence[ClipRequest]) -> list[ClipResult]:
         """As `Engine.run`. Other clips go on meanwhile; `step` gives their results later."""
-        group = object()
-        try:
-            tickets = [self.submit(request, group) for request in requests]
-        except Exception:
-            self.cancel(group)
-            raise
-        found: dict[Ticket, ClipResult] = {}
-        others = []
-        while len(found) < len(tickets):
-            for ticket, result in self.step():
-                if ticket.group is group:
-                    found[ticket] = result
-                else:
-                    others.append((ticket, result))
-        self._finished = others
-        return [found[ticket] for ticket in tickets]
+        results, self._finished = run_group(self, requests)
+        return results
 
     def cancel(self, what: Hashable) -> None:
         """As `Engine.cancel`."""

@@ -24,6 +24,7 @@ from quasr.engine.base import (
     belongs,
     memory_error,
     nan_error,
+    run_group,
 )
 from quasr.engine.onnx_audio import AudioGraphs, token_count
 from quasr.engine.onnx_decoder import DecoderGraph
@@ -125,18 +126,8 @@ class OnnxEngine(Reporting):
         """Decodes all clips, greedily; results in the order of `requests`. Raises as `submit` and `step`."""
         if self._audio is None:
             raise RuntimeError("the engine is closed")
-        group = object()
-        tickets = [self.submit(request, group) for request in requests]
-        found: dict[Ticket, ClipResult] = {}
-        others: list[tuple[Ticket, ClipResult]] = []
-        while len(found) < len(tickets):
-            for ticket, result in self.step():
-                if ticket.group is group:
-                    found[ticket] = result
-                else:
-                    others.append((ticket, result))
-        self._ready = others
-        return [found[ticket] for ticket in tickets]
+        results, self._ready = run_group(self, requests)
+        return results
 
     def close(self) -> None:
         """Gives the memory back. The engine cannot be used afterwards."""

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
-from quasr.engine.base import EngineStats, belongs
+from quasr.engine.base import EngineStats, belongs, run_group
 from quasr.errors import QuasrError, ResourceError
 from quasr.pipeline.turns import Turns
 
@@ -118,29 +118,13 @@ class Client:
         if not self.info.in_flight:
             with self._turn() as engine:
                 return engine.run(requests)
-        group = object()
-        try:
-            return self._run(requests, group)
-        except BaseException:
-            self.cancel(group)
-            raise
+        results, others = run_group(self, requests)
+        self.ready += others
+        return results
 
     def close(self) -> None:
         """Ends this view; what lies behind it stays as long as others need it."""
         self._on_close()
-
-    def _run(self, requests: Sequence[ClipRequest], group: object) -> list[ClipResult]:
-        tickets = [self.submit(request, group) for request in requests]
-        found: dict[Ticket, ClipResult] = {}
-        others: list[tuple[Ticket, ClipResult]] = []
-        while len(found) < len(tickets):
-            for ticket, result in self.step():
-                if ticket.group is group:
-                    found[ticket] = result
-                else:
-                    others.append((ticket, result))
-        self.ready += others
-        return [found[ticket] for ticket in tickets]
 
     @contextmanager
     def _turn(self) -> Iterator[Engine]:
