@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import threading
 from dataclasses import dataclass
@@ -142,6 +143,37 @@ def test_no_more_than_the_depth_is_read_ahead() -> None:
         assert asked.wait(10)
         assert max(read) <= 5
     assert len(read) < 100
+
+
+def test_a_caller_that_the_garbage_collector_ends_in_the_reading_thread_does_not_hold_it() -> None:
+    dropped = threading.Event()
+    after: list[int] = []
+
+    def items() -> Generator[int, None, None]:
+        yield 1
+        dropped.wait()
+        gc.collect()
+        for number in range(100):
+            after.append(number)
+            yield number
+
+    def caller() -> Generator[int | None, None, None]:
+        with Ahead(items(), depth=2) as ahead:
+            yield ahead.take(wait=True)
+
+    given: list[object] = [caller()]
+    assert next(given[0]) == 1  # type: ignore[call-overload]
+    given.append(given)  # from here on nothing but the collector ends it
+    thread = next(one for one in threading.enumerate() if one.name == "quasr-ahead")
+    gc.disable()
+    try:
+        del given
+        dropped.set()
+        thread.join(10)
+    finally:
+        gc.enable()
+    assert not thread.is_alive()
+    assert len(after) <= 1
 
 
 @pytest.mark.slow

@@ -18,6 +18,9 @@ DEPTH = 16
 
 DRAIN_SECONDS = 0.02
 
+ROOM_SECONDS = 1.0
+"""How often a thread that waits for room looks whether anybody is left to make it."""
+
 
 @dataclass(frozen=True, slots=True)
 class _End:
@@ -60,7 +63,8 @@ class Ahead(Generic[T]):
     def __exit__(self, *_: object) -> None:
         """Stops after the item in hand, and closes the generator in its thread."""
         self._stopped.set()
-        while self._thread.is_alive():
+        # The garbage collector may call this in that thread, which then ends by itself.
+        while self._thread.is_alive() and self._thread is not threading.current_thread():
             with suppress(queue.Empty):
                 self._queue.get(timeout=DRAIN_SECONDS)
 
@@ -68,9 +72,16 @@ class Ahead(Generic[T]):
         error: BaseException | None = None
         try:
             for item in self._items:
-                self._queue.put(item)
+                self._put(item)
                 if self._stopped.is_set():
                     self._items.close()
         except BaseException as caught:  # whatever it was, it is raised where the items are taken
             error = caught
-        self._queue.put(_End(error))
+        self._put(_End(error))
+
+    def _put(self, item: T | _End) -> None:
+        """Waits for room as long as somebody takes items."""
+        while not self._stopped.is_set():
+            with suppress(queue.Full):
+                self._queue.put(item, timeout=ROOM_SECONDS)
+                return
