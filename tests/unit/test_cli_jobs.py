@@ -329,3 +329,22 @@ def test_the_models_identity_changes_with_its_files(tmp_path: Path) -> None:
     touched = identity(tmp_path)
     weights.write_bytes(b"12345")
     assert len({before, touched, identity(tmp_path)}) == 3
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_disk_that_is_full_is_told_by_the_close_as_well(tmp_path: Path) -> None:
+    """A line that was refused stays buffered, and the close tries it again."""
+    results, journal = JobLines(tmp_path / "out.jsonl"), Journal(tmp_path)
+    results._file = full = Path("/dev/full").open("a")  # noqa: SIM115
+    with pytest.raises(OptionError, match=r"out\.jsonl cannot be written \(No space left on device\)"):
+        results.fail(single("a.wav"), "broken")
+    with pytest.raises(OptionError, match=r"out\.jsonl cannot be written \(No space left on device\)"):
+        results.close()
+    assert full.closed
+
+    journal._file = Path("/dev/full").open("a")  # noqa: SIM115
+    with pytest.raises(OptionError, match=r"jsonl cannot be written \(No space"):
+        journal.begin("a", "key", {"a.txt": "a"})
+    with pytest.raises(OptionError, match=r"jsonl cannot be written \(No space"):
+        journal.close()
+    assert journal._file.closed

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING, Any
 
 from quasr.cli.inputs import Input, single
@@ -13,7 +14,7 @@ from quasr.cli.terminal import result
 from quasr.errors import OptionError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from quasr.types import Transcript
@@ -73,15 +74,13 @@ class JobLines:
             return
         again = {item.name for item in pending}
         kept = [_dumps(line) for name, line in self._lines.items() if name not in again]
-        try:
+        with self._telling():
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._append() as old:
                 if sys.platform == "win32":
                     old.close()  # there an open file cannot be replaced
                 self._replace(kept)
                 self._file = self._append()
-        except OSError as error:
-            raise OptionError(f"{self._path} cannot be written ({error.strerror}): choose another file") from error
 
     def put(self, item: Input, transcript: Transcript, key: str | None) -> None:
         """Adds the line of a job that is done."""
@@ -92,9 +91,10 @@ class JobLines:
         self._add({**_head(item), "error": message})
 
     def close(self) -> None:
-        """Closes the file."""
+        """Closes the file. Raises OptionError where what it still holds cannot be written."""
         if self._file is not None:
-            self._file.close()
+            with self._telling():
+                self._file.close()
 
     def _append(self) -> IO[str]:
         """The file, locked. Raises OptionError where another run has the lock, or has just put a new file there."""
@@ -115,9 +115,14 @@ class JobLines:
         if self._file is None:
             result(_dumps(line))
             return
-        try:
+        with self._telling():
             self._file.write(_dumps(line))
             self._file.flush()
+
+    @contextmanager
+    def _telling(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise OptionError(f"{self._path} cannot be written ({error.strerror}): choose another file") from error
 

@@ -129,9 +129,10 @@ class Journal:
             raise OptionError(f"{self._path} cannot be written ({error.strerror}): choose another folder") from error
 
     def close(self) -> None:
-        """Closes the file."""
+        """Closes the file. Raises OptionError where what it still holds cannot be written."""
         if self._file is not None:
-            self._file.close()
+            with self._telling():
+                self._file.close()
 
 
 def _audio_hash(item: Input) -> str | None:
