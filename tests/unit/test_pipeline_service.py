@@ -7,10 +7,12 @@ import gc
 import json
 import os
 import signal
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import FrozenInstanceError
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -385,3 +387,23 @@ def test_warnings_of_a_result_are_logged(
     with SpeechService() as service:
         assert service.transcribe_bytes(b"x").text == "cut"
     assert caplog.messages == ["the text may be cut short"]
+
+
+def test_the_workspaces_of_cublas_stay_as_long_as_a_cuda_graph_may_write_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Simulated: what is called on the library, and no GPU."""
+
+    class Graph:
+        pass
+
+    calls: list[str] = []
+    cuda = SimpleNamespace(
+        CUDAGraph=Graph, is_initialized=lambda: True, empty_cache=lambda: calls.append("empty the cache")
+    )
+    library = SimpleNamespace(_cuda_clearCublasWorkspaces=lambda: calls.append("clear"))
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda, _C=library))  # type: ignore[arg-type]
+    another_models = Graph()
+    module.give_back_memory()
+    assert calls == ["empty the cache"]
+    del another_models
+    module.give_back_memory()
+    assert calls == ["empty the cache", "clear", "empty the cache"]

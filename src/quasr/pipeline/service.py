@@ -352,11 +352,14 @@ class _Worker:
 
 def give_back_memory() -> None:
     """Returns what is free to the device and the system: cycles, what torch keeps of the device's memory (32 MiB for
-    cuBLAS on Hopper, and cached blocks), the C heap's empty pages."""
+    cuBLAS on Hopper, and cached blocks), the C heap's empty pages. Where another model's CUDA graphs live, cuBLAS keeps
+    its memory."""
     gc.collect()
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
-        torch._C._cuda_clearCublasWorkspaces()
+        # Graphs of all models are captured on one stream, share its workspace, and have its address in them.
+        if not any(issubclass(type(one), torch.cuda.CUDAGraph) for one in gc.get_objects()):
+            torch._C._cuda_clearCublasWorkspaces()
         torch.cuda.empty_cache()
     if sys.platform == "linux":
         # Only glibc has it; other C libraries give pages back by themselves.
