@@ -146,9 +146,10 @@ def test_layers_that_run_as_one_must_be_quantised_alike(source: Path, tmp_path: 
     [
         (ExportOptions("int8", 100), "128 input features, which groups of 100 do not divide: take --group 128"),
         (ExportOptions("int4", 0), "4 bits need a scale for every group: take --group 128, or leave it out"),
+        (ExportOptions("fp32", 64), "fp32 weights have no scales: leave --group out"),
         (ExportOptions("int5"), "unknown weights 'int5': there is fp32, int8, int4"),
     ],
-    ids=["group", "row", "weights"],
+    ids=["group", "row", "float", "weights"],
 )
 def test_options_that_do_not_fit_leave_nothing_behind(
     source: Path, options: ExportOptions, message: str, tmp_path: Path

@@ -116,6 +116,8 @@ def _weights(wanted: Wanted, recipe: Recipe | None, folder: Path) -> str:
         raise OptionError(f"unknown weights {wanted.weights[:40]!r}: there is {', '.join(WEIGHTS)}")
     if wanted.weights == "int4" and wanted.group == WHOLE_ROW:
         raise OptionError("4 bits need a scale for every group: take --group 128, or leave it out")
+    if wanted.weights == "fp32" and wanted.group is not None:
+        raise OptionError("fp32 weights have no scales: leave --group out")
     if recipe is None:
         return wanted.weights or "int8"
     kinds = {scheme.kind for _, scheme in recipe.rules if scheme.kind != "none"}
