@@ -17,6 +17,7 @@ from quasr.engine import fast_engine, mel_torch, torch_engine
 from quasr.engine import plan as planning
 from quasr.engine.base import ClipRequest, token_budget
 from quasr.engine.device import Placement
+from quasr.engine.fast import FastDecoder
 from quasr.engine.fast_engine import FastEngine
 from quasr.engine.plan import (
     CUDA_CONTEXT,
@@ -35,6 +36,7 @@ from quasr.engine.plan import (
 )
 from quasr.engine.torch_engine import TorchEngine
 from quasr.errors import OptionError, ResourceError
+from quasr.kernels.dispatch import plain
 from quasr.model import encoder
 from quasr.model.asr import Qwen3ASR
 from quasr.model.config import ModelConfig, parse_config
@@ -244,6 +246,35 @@ def test_peak_is_within_a_tenth_of_what_torch_allocates(config: ModelConfig, com
     requests = [ClipRequest(samples, tuple(range(9)), tuple(range(6)), budget) for budget in (1, 3, 3, token_budget(5))]
     measured = engine.info.weight_bytes + allocated(lambda: engine.run(requests))
     assert found.tensors == pytest.approx(measured, rel=0.1)
+
+
+INNER_HEAVY = shape((1, 128, 2, 256, 8), (50, 128, 3, 2, 1, 64, 512))
+QUERY_HEAVY = shape((1, 128, 2, 256, 8), (50, 128, 3, 8, 4, 64, 128))
+WEIGHT_HEAVY = shape((1, 128, 2, 256, 8), (50, 512, 3, 2, 1, 64, 512))
+
+
+@pytest.mark.parametrize(
+    ("config", "compute_type"),
+    [(INNER_HEAVY, "fp32"), (QUERY_HEAVY, "fp32"), (INNER_HEAVY, "int8"), (WEIGHT_HEAVY, "int8")],
+    ids=["inner width", "queries", "inner width beside weights", "weights"],
+)
+@torch.inference_mode()
+def test_packed_prefill_holds_what_is_planned(config: ModelConfig, compute_type: str) -> None:
+    """Nothing that a layer has used lives on through its fullest stage, or into the next layer."""
+    torch.manual_seed(0)
+    model, recipe = Qwen3ASR(config).requires_grad_(False).eval(), recipe_for(compute_type)
+    quantise(model, recipe)
+    decoder = FastDecoder.from_model(model.decoder, plain("a test"))
+    work = Work(5, 4, prompt=15)
+    length = work.prompt_length(config)
+    cache = decoder.allocate_cache(4 * length)
+    offsets = [length * row for row in range(4)]
+
+    def prefill() -> None:
+        decoder.prefill(torch.ones(4 * length, config.text.hidden), [length] * 4, offsets, cache)
+
+    planned = planning.packed_prefill_bytes(config, Target("cuda", "fp32"), work, recipe)
+    assert planned == pytest.approx(allocated(prefill), rel=0.05)
 
 
 @pytest.mark.slow

@@ -96,13 +96,19 @@ class FastDecoder:
         for index, layer in enumerate(self.layers):
             keys, values = cache.layer(index)
             qkv = kernels.linear(kernels.add_rms_norm(x, y, layer.input_norm), layer.qkv)
+            # A name would hold what has been used through the stages that are fullest.
+            y = None
             q = kernels.rotate_write(qkv, keys, values, packed.places, layer.heads)
+            del qkv
             mixed = kernels.attend_prompts(q, keys, values, packed.prompts, layer.heads)
+            del q
             if index == len(self.layers) - 1:
                 # Of what comes now only the last positions are asked for.
                 x, mixed = x[packed.last], mixed[packed.last]
             h = kernels.add_rms_norm(x, kernels.linear(mixed, layer.output), layer.inner_norm)
+            del mixed
             y = kernels.linear(kernels.gated_linear(h, layer.gate_up), layer.down)
+            del h
         return x if y is None else x.add_(y)
 
     def prefill_tokens(self, x: Tensor, places: Places, cache: CachePool) -> Tensor:

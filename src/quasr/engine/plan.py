@@ -233,13 +233,13 @@ def mel_bytes(config: ModelConfig, work: Work) -> int:
 def packed_prefill_bytes(config: ModelConfig, target: Target, work: Work, recipe: Recipe) -> int:
     """The residual twice in fp32, and the fuller of attention, MLP and head, over packed prompts.
 
-    Attention holds q, k and v as one, turned q, k and v out of the cache, and q, its mixture and that again with
-    padding. The MLP holds gate and up as one, silu of the one and the product; before them the fused weight.
+    Attention is fullest while the queries are turned: q, k and v as one, and three more of the queries' size. The MLP
+    holds its input, gate and up as one, silu of the one and the product; before the latter two the fused weight.
     """
     text, item = config.text, target.item
     rows = work.batch * work.prompt_length(config)
     queries, pairs = text.heads * text.head_dim, text.kv_heads * text.head_dim
-    attention = rows * (5 * queries + 4 * pairs) * item
+    attention = rows * (4 * queries + 2 * pairs) * item
     weight = fused_bytes(config, target, recipe)
     mlp = rows * (text.hidden + 2 * text.ffn) * item + max(rows * 2 * text.ffn * item, weight)
     expanded = rows * text.hidden * item + 2 * weight
