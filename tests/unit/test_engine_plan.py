@@ -215,6 +215,14 @@ def test_scores_count_where_no_fused_attention_shares_keys() -> None:
     assert planning.score_bytes(LARGE, CUDA, work) == 0
 
 
+def test_packed_prompts_score_one_after_the_other() -> None:
+    """Four prompts are prefilled together; `reference.attend_prompts` has the scores of one at a time."""
+    target, work, recipe = Target("cuda", "fp32"), Work(30, 8), recipe_for("fp32")
+    found = estimate(LARGE, Candidate("fp32", recipe, target), work)
+    beside = planning.packed_prefill_bytes(LARGE, target, replace(work, batch=4), recipe)
+    assert found.prefill - beside == 2 * 4 * 16 * work.prompt_length(LARGE) ** 2
+
+
 def allocated(work: Callable[[], object]) -> int:
     """Most bytes that torch's CPU allocator has given out at one time during `work`, by the profiler's record."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:

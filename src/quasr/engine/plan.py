@@ -214,7 +214,9 @@ def _fast_estimate(config: ModelConfig, candidate: Candidate, work: Work) -> Est
         weights=_weight_bytes(config, recipe, target.item),
         cache=kept,
         encode=kept + max(encode),
-        prefill=packed_prefill_bytes(config, target, part, recipe) + score_bytes(config, target, part),
+        # Attention goes from prompt to prompt there.
+        prefill=packed_prefill_bytes(config, target, part, recipe)
+        + score_bytes(config, target, replace(part, batch=1)),
         generate=step_bytes(config, target, work, recipe),
     )
 
