@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from quasr.kernels.triton_attention import LEAST_DOT, LOG2_E
 from quasr.kernels.triton_launch import block
 
 if TYPE_CHECKING:
@@ -15,10 +16,6 @@ if TYPE_CHECKING:
 
     from quasr.kernels.matrix import LayerNorm
 
-LOG2_E = 1.4426950408889634
-"""Scores are multiplied by it, so that powers of 2 do for those of e."""
-LEAST_DOT = 16
-"""Fewest rows and columns that the tensor cores take."""
 MOST_TOKENS = 128
 """Of a window, that a program holds at once: a full one of the released models has 104."""
 
