@@ -3,8 +3,9 @@
     peak = context + weights + max(encode, cache + prefill, cache + generate)
 
 Each term counts the tensors that are alive at its stage's fullest moment, with the plain kernels: others need less.
-They were checked against torch's own allocations on a CPU. On CUDA they are unmeasured: workspaces of cuDNN and gaps in
-the allocator are not counted. The engine of GPUs takes a few clips at a time into a cache that is there before.
+They were checked against torch's own allocations on a CPU. On CUDA only the sum was, for the 1.7B shape (docs/log.md);
+workspaces and gaps in the allocator are not counted one by one but in `CUDA_CONTEXT`. The engine of GPUs takes a few
+clips at a time into a cache that is there before.
 """
 
 from __future__ import annotations
