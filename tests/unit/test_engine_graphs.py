@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, cast
 
 import pytest
@@ -18,6 +19,8 @@ from quasr.model.encoder import AudioEncoder
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from quasr.kernels.state import CachePool
 
 AUDIO = AudioConfig(layers=2, width=32, heads=2, ffn=64, output=48, mel_bins=16, stem_channels=8)
 TEXT = TextConfig(vocab_size=61, hidden=32, layers=2, heads=4, kv_heads=2, head_dim=8, ffn=64)
@@ -111,3 +114,15 @@ def test_graphs_are_dropped_when_the_device_is_idle(monkeypatch: pytest.MonkeyPa
     steps.forget()
     assert held == [1]
     assert not steps._graphs
+
+
+def test_prompt_graphs_are_dropped_when_the_device_is_idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once: without graphs there is nothing to wait for."""
+    prefill, held = GraphedPrefill(cast("FastDecoder", None), Recorder()), []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: held.append(prefill._run is not None))
+    prefill._cache = cast("CachePool", SimpleNamespace(keys=SimpleNamespace(is_cuda=True)))
+    prefill._run = torch.relu
+    for _ in range(2):
+        prefill.forget()
+    assert held == [True]
+    assert prefill._run is None
