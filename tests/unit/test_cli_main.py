@@ -4,18 +4,16 @@ import os
 import resource
 import subprocess
 import sys
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from quasr import __version__
 from quasr.cli import main
-from quasr.cli.terminal import note
+from quasr.cli.terminal import ProgressLine, note
 from quasr.errors import CheckpointError, OptionError, ResourceError
 from quasr.weights.hub import DEMO_FOLDER
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 HEAVY = ("torch", "numpy", "av", "soxr", "tokenizers", "huggingface_hub", "jiwer", "transformers")
 
@@ -162,3 +160,16 @@ def test_a_comparison_without_a_place_for_its_figures_does_not_begin(
 def test_a_note_is_one_line_whatever_a_file_is_called(capsys: pytest.CaptureFixture[str]) -> None:
     note("talk\n\x1b[2J\udcff é.wav")
     assert capsys.readouterr().err == "talk??[2J? é.wav\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_terminal_that_goes_away_stops_no_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Path("/dev/full").open("w", encoding="utf-8") as gone:
+        monkeypatch.setattr(gone, "isatty", lambda: True, raising=False)
+        monkeypatch.setattr(sys, "stderr", gone)
+        progress = ProgressLine(10.0)
+        assert progress.shown
+        progress(5.0)
+        progress.clear()
+        assert not progress.shown
+        gone.write("what comes later goes nowhere")

@@ -96,14 +96,21 @@ class ProgressLine:
             # One column is left free: a full line would wrap on some terminals, and then stay.
             width = shutil.get_terminal_size().columns - 1
             line = progress_text(self._done, self._total, time.perf_counter() - self._started)
-            sys.stderr.write(f"{ERASE_LINE}{line[:width]}")
-            sys.stderr.flush()
+            self._write(f"{ERASE_LINE}{line[:width]}")
 
     def clear(self) -> None:
         """Takes the line away, before something else is printed."""
         if self._shown:
-            sys.stderr.write(ERASE_LINE)
+            self._write(ERASE_LINE)
+
+    def _write(self, text: str) -> None:
+        """A terminal that has gone away stops nothing."""
+        try:
+            sys.stderr.write(text)
             sys.stderr.flush()
+        except OSError:
+            self._shown = False
+            _abandon(sys.stderr)
 
 
 def progress_text(done: float, total: float | None, elapsed: float) -> str:
