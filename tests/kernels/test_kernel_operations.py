@@ -325,7 +325,8 @@ def test_the_table_says_what_runs_and_why(monkeypatch: pytest.MonkeyPatch) -> No
         table = dispatch.choose(cpu, torch.float32)
         assert table.name == "reference"
         assert len(table.lines()) == len(dispatch.OPERATIONS)
-        assert all("quasr.kernels.reference" in line and reason in line for line in table.lines())
+        assert all("quasr.kernels.reference" in line for line in table.lines())
+        assert reason in table.reason
     for wish in ("triton", "fast"):
         monkeypatch.setenv(dispatch.VARIABLE, wish)
         dispatch.choose.cache_clear()

@@ -84,6 +84,9 @@ def _placement() -> Iterator[tuple[str, str]]:
 
     kernels = dispatch.choose(placement.device, placement.dtype)
     yield "kernels", f"{kernels.name}: {kernels.reason}"
+    if kernels.name == "triton":
+        # Not all of them need be Triton's.
+        yield from (("", line) for line in kernels.lines())
 
 
 def _providers() -> Iterator[tuple[str, str]]:

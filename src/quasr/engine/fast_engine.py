@@ -25,7 +25,7 @@ from quasr.engine.prompts import embed_prompts, prompt_length
 from quasr.engine.row import Row
 from quasr.engine.rows import Clip, Rows
 from quasr.engine.spans import Spans
-from quasr.engine.steps import BUCKETS, Steps
+from quasr.engine.steps import BUCKETS, Steps, finish_replays
 from quasr.engine.torch_engine import memory_advice, network_info
 from quasr.errors import OptionError
 from quasr.kernels import dispatch
@@ -169,6 +169,8 @@ class FastEngine(Reporting):
 
     def close(self) -> None:
         """As `Engine.close`; `submit` raises RuntimeError afterwards."""
+        if self._device.type == "cuda":
+            finish_replays()
         self._model = None
         self._forget_clips()
         self._cache = None

@@ -27,7 +27,8 @@ VARIABLE = "QUASR_KERNELS"
 
 FIRST_CAPABILITY = (7, 5)
 FIRST_BF16_CAPABILITY = (8, 0)
-"""CUDA compute capabilities that the kernels are written for, and that bf16 needs."""
+"""CUDA compute capabilities that the kernels are written for, and that bf16 and Triton's products on tensor cores
+need."""
 
 
 class Linear(Protocol):
@@ -71,12 +72,8 @@ class Kernels:
     attend_windows: Callable[[Tensor, Tensor, int, int], Tensor]
 
     def lines(self) -> list[str]:
-        """One line for each operation: where it is implemented and why."""
-        return [f"{name}: {function.__module__}, {self.reason}" for name, function in self.operations().items()]
-
-    def operations(self) -> dict[str, Callable[..., object]]:
-        """The table."""
-        return {name: getattr(self, name) for name in OPERATIONS}
+        """One line for each operation: where it is implemented. `reason` says why."""
+        return [f"{name}: {getattr(self, name).__module__}" for name in OPERATIONS]
 
 
 OPERATIONS = (
@@ -143,9 +140,19 @@ def _lack(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def triton(device: torch.device, dtype: torch.dtype) -> Kernels:
-    """The Triton kernels for every operation; on a CPU they need Triton's interpreter and serve tests alone."""
+    """The Triton kernels; on a CPU they need Triton's interpreter and serve tests alone.
+
+    Prompts are attended by the reference, which is one call of torch for each, where there are no tensor cores for the
+    numbers.
+    """
+    import torch
+
     from quasr.kernels import triton_attention, triton_audio, triton_linear, triton_prompt, triton_rows
 
     table = _table(triton_linear, triton_attention, triton_prompt, triton_rows, triton_audio)
+    if device.type == "cuda" and (
+        dtype == torch.float32 or torch.cuda.get_device_capability(device) < FIRST_BF16_CAPABILITY
+    ):
+        table["attend_prompts"] = reference.attend_prompts
     where = "Triton's interpreter" if device.type == "cpu" else f"Triton on {device}"
     return Kernels("triton", f"{where} in {dtype}", device.type == "cuda", **table)

@@ -12,7 +12,6 @@ import torch
 import triton
 import triton.language as tl
 
-from quasr.kernels import reference
 from quasr.kernels.triton_attention import LEAST_DOT, LOG2_E
 from quasr.kernels.triton_launch import block, gdc_launch, gdc_wait, launch_options, pdl_works
 
@@ -26,8 +25,6 @@ HEADS_AT_ONCE = 8
 """That a warp rotates: it has 16 bytes of four heads in each load, and waits for two such loads."""
 QUERIES, KEYS = 128, 64
 """Rows of a program of attention, tokens times the heads that share a key head; and keys of a step."""
-FIRST_CAPABILITY = (8, 0)
-"""CUDA compute capability of Ampere, from which on Triton uses the tensor cores."""
 
 
 @triton.jit
@@ -157,9 +154,7 @@ def rotate_write(x: Tensor, keys: Tensor, values: Tensor, places: Places, heads:
 
 
 def attend_prompts(q: Tensor, keys: Tensor, values: Tensor, prompts: Prompts, heads: Heads) -> Tensor:
-    """See `reference.attend_prompts`, which serves where there are no tensor cores for the numbers."""
-    if not _tensor_cores(q):
-        return reference.attend_prompts(q, keys, values, prompts, heads)
+    """See `reference.attend_prompts`."""
     out = torch.empty_like(q)
     group = block(heads.count // heads.kv_count)
     rows = block(prompts.longest * group, max(LEAST_DOT, group), QUERIES)
@@ -170,10 +165,3 @@ def attend_prompts(q: Tensor, keys: Tensor, values: Tensor, prompts: Prompts, he
         num_warps=8 if rows == QUERIES else 4, num_stages=2,
     )  # fmt: skip
     return out
-
-
-def _tensor_cores(x: Tensor) -> bool:
-    """Whether products of x run on them. On a CPU the kernel is interpreted, to be tested."""
-    if x.device.type == "cpu":
-        return True
-    return x.dtype != torch.float32 and torch.cuda.get_device_capability(x.device) >= FIRST_CAPABILITY
