@@ -5,11 +5,11 @@ from __future__ import annotations
 import gc
 import random
 import threading
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import pytest
+from clip_samples import Numbered
 
 from quasr.audio.fetch import FetchLimits
 from quasr.engine.base import BatchQueue, ClipRequest, ClipResult, EngineInfo, EngineStats, Ticket
@@ -57,15 +57,6 @@ class Continuous(BatchQueue):
             raise ModelError("thirteen")
         text = f"language English<asr_text>{len(request.samples)}"
         return ClipResult(tuple(map(ord, text)), (-0.1,) * len(text), "stop")
-
-
-@dataclass(frozen=True)
-class Numbered:
-    number: int
-
-    @property
-    def request(self) -> ClipRequest:
-        return ClipRequest(np.zeros(self.number, np.float32), (1,), (2,), 5)
 
 
 def numbered(count: int, closed: list[str]) -> Generator[Numbered, None, None]:

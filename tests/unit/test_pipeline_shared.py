@@ -6,11 +6,10 @@ import gc
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pytest
+from clip_samples import Numbered
 
 from quasr.engine.base import BatchQueue, ClipRequest, ClipResult, EngineInfo, EngineStats, Ticket
 from quasr.errors import ModelError, ResourceError
@@ -70,15 +69,6 @@ class Double(BatchQueue):
         if len(request.samples) == 2 * SICK:
             raise KeyboardInterrupt
         return ClipResult((len(request.samples),), (-0.1,), "stop")
-
-
-@dataclass(frozen=True)
-class Numbered:
-    number: int
-
-    @property
-    def request(self) -> ClipRequest:
-        return ClipRequest(np.zeros(self.number, np.float32), (1,), (2,), 5)
 
 
 def numbered(first: int, count: int) -> Generator[Numbered, None, None]:
