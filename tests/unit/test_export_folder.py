@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -218,6 +219,52 @@ def test_a_damaged_manifest_is_one_line(folder: Path, changes: dict[str, Any]) -
     with pytest.raises(CheckpointError, match="export the model again") as caught:
         read_manifest(folder)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"file": "vocab.bin"},
+        {"dtype": "float64"},
+        {"dtype": "float32"},
+        {"offset": 10**9},
+        {"offset": -1},
+        {"offset": 0.5},
+        {"group": 0},
+        {"group": 7},
+        {"shape": [CONFIG.text.vocab_size + 1, CONFIG.text.hidden]},
+        {"shape": [CONFIG.text.vocab_size, 2 * CONFIG.text.hidden]},
+        {"scale_offset": 10**9},
+        {"scale_offset": None},
+        {"scale_shape": [CONFIG.text.vocab_size, 2]},
+        {"zero_point": "x"},
+    ],
+    ids=lambda changes: "-".join(map(str, *changes.items())),
+)
+def test_a_token_table_that_does_not_fit_its_file_is_one_line(folder: Path, changes: dict[str, Any]) -> None:
+    table = json.loads((folder / MANIFEST_FILE).read_text())["embedding"]
+    edit(folder, embedding=table | changes)
+    with pytest.raises(CheckpointError, match=r"is damaged \(.*embedding.*\): export the model again") as caught:
+        read_manifest(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("group", [None, 64], ids=["row", "groups"])
+def test_a_token_table_may_end_with_its_file_and_not_a_byte_later(
+    source: Path, group: int | None, tmp_path: Path
+) -> None:
+    """By hand: rows of a byte, scales of four bytes, and the file's own size in place of the manifest's."""
+    export_folder(source, tmp_path / "onnx", ExportOptions("int8", group))
+    table = read_manifest(tmp_path / "onnx").embedding
+    file = tmp_path / "onnx" / table.file
+    (rows, columns), (scale_rows, scales) = table.shape, table.scale_shape
+    last = file.stat().st_size - max(rows * columns, 4 * scale_rows * scales)
+    name = "offset" if rows * columns > 4 * scale_rows * scales else "scale_offset"
+    edit(tmp_path / "onnx", embedding=asdict(replace(table, **{name: last})))
+    assert getattr(read_manifest(tmp_path / "onnx").embedding, name) == last
+    edit(tmp_path / "onnx", embedding=asdict(replace(table, **{name: last + 1})))
+    with pytest.raises(CheckpointError, match="beyond the end of"):
+        read_manifest(tmp_path / "onnx")
 
 
 def test_a_cut_file_is_found(folder: Path) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import math
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from quasr.errors import CheckpointError
@@ -18,6 +19,9 @@ VERSION = 1
 
 ZERO_POINT = 128
 """What stands for 0 in 8 bits."""
+
+TABLE_BYTES = {"uint8": 1, "int8": 1, "float32": 4}
+"""Of one number, for each dtype that a token table may have."""
 
 AGAIN = "export the model again"
 
@@ -64,12 +68,28 @@ class EmbeddingTable:
     scale_shape: tuple[int, int] = (0, 0)
     zero_point: int = ZERO_POINT
 
+    @property
+    def end(self) -> int:
+        """The byte of `file` behind the last of rows and scales."""
+        rows = self.offset + math.prod(self.shape) * TABLE_BYTES[self.dtype]
+        return max(rows, self.scale_offset + math.prod(self.scale_shape) * TABLE_BYTES["float32"])
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """One tensor of the decoder's data file: `shape` of `dtype`, little-endian, from byte `offset` on."""
+
+    offset: int
+    shape: tuple[int, ...]
+    dtype: str
+
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
     """`weights` is fp32, int8 or int4, `group` of the decoder's layers, 0 where a scale is for a whole row.
 
-    `source` tells where the weights came from, with the hash of each file.
+    `source` tells where the weights came from, with the hash of each file. `decoder` says by their names where the
+    decoder's tensors lie, for those that run it without its graph; empty in folders of before that was written.
     """
 
     weights: str
@@ -80,6 +100,7 @@ class Manifest:
     files: dict[str, File]
     source: dict[str, Any]
     quasr: str
+    decoder: dict[str, Tensor] = field(default_factory=dict)
     version: int = VERSION
 
     def to_json(self) -> dict[str, Any]:
@@ -108,6 +129,7 @@ def read_manifest(folder: Path) -> Manifest:
         )
     try:
         manifest = _parse(raw)
+        _check_table(manifest)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path} is damaged ({error}): {AGAIN}") from error
     _check_files(folder, manifest)
@@ -127,8 +149,13 @@ def _parse(raw: dict[str, Any]) -> Manifest:
         files={_plain(name): File(int(file["size"]), str(file["sha256"])) for name, file in raw["files"].items()},
         source=dict(raw["source"]),
         quasr=str(raw["quasr"]),
+        decoder={name: _tensor(place) for name, place in raw.get("decoder", {}).items()},
         version=int(raw["version"]),
     )
+
+
+def _tensor(raw: dict[str, Any]) -> Tensor:
+    return Tensor(int(raw["offset"]), tuple(map(int, raw["shape"])), str(raw["dtype"]))
 
 
 def _pair(table: dict[str, Any], name: str) -> tuple[int, int]:
@@ -140,6 +167,24 @@ def _plain(name: str) -> str:
     if "/" in name or "\\" in name:
         raise ValueError(f"{name[:80]!r} is no file of the folder")
     return name
+
+
+def _check_table(manifest: Manifest) -> None:
+    """Raises ValueError where the token table is not the graph's, or not inside its file."""
+    table, graph = manifest.embedding, manifest.graph
+    for name in ("offset", "group", "scale_offset", "zero_point"):
+        number = getattr(table, name)
+        if not isinstance(number, int) or number < 0:
+            raise ValueError(f"the embedding's {name} is {str(number)[:80]!r}")
+    if table.file not in manifest.files or table.dtype not in TABLE_BYTES:
+        raise ValueError("the embedding's file or dtype is unknown")
+    if bool(table.group) == (table.dtype == "float32") or (table.group and graph.hidden % table.group):
+        raise ValueError(f"an embedding in {table.dtype} has no groups of {table.group}")
+    scales = (graph.vocab, graph.hidden // table.group) if table.group else (0, 0)
+    if (table.shape, table.scale_shape) != ((graph.vocab, graph.hidden), scales):
+        raise ValueError("the embedding's shapes are not the graph's")
+    if table.end > manifest.files[table.file].size:
+        raise ValueError(f"the embedding goes beyond the end of {table.file}")
 
 
 def _check_files(folder: Path, manifest: Manifest) -> None:
