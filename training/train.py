@@ -92,6 +92,7 @@ def architecture(vocabulary_size: int, ids: dict[str, int], recipe: Recipe) -> d
         "architectures": ["Qwen3ASRForConditionalGeneration"],
         "model_type": "qwen3_asr",
         "support_languages": ["English", "Chinese"],
+        "max_audio_seconds": BUCKETS[-1],
         "eos_token_id": [ids["<|endoftext|>"], ids["<|im_end|>"]],
         "thinker_config": {
             "audio_config": audio,

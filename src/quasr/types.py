@@ -34,10 +34,11 @@ class Notice:
     """A machine-readable warning about a result; `start` and `end` in seconds where it concerns a part.
 
     Codes about the audio: "damaged_audio" (it could be read in part), "energy_vad" (cut without Silero), "memory_cut"
-    (by the official rule, but into the shorter pieces that a memory plan allows). Codes of the
-    guards about one piece: "repetition" (the model repeated itself; one copy is kept), "token_budget" (it stopped at
-    its budget), "empty_on_speech" (no text where somebody speaks), "context_echo" (only words of the context where
-    nobody does, or by a bad guess), "language_flip" (another language than nearly all other pieces of the file),
+    (by the official rule, but into the shorter pieces that a memory plan allows), "long_piece" (longer than what the
+    model was trained on, by its own config.json; told of the first such piece).
+    Codes of the guards about one piece: "repetition" (the model repeated itself; one copy is kept), "token_budget" (it
+    stopped at its budget), "empty_on_speech" (no text where somebody speaks), "context_echo" (only words of the context
+    where nobody does, or by a bad guess), "language_flip" (another language than nearly all other pieces of the file),
     "doubtful_speech" (words, and unsure ones, where next to no speech is heard: music or noise).
     `retry_helped`: whether a second try of the piece was kept and is free of the fault; None where there was none.
     `retry_weights`: what that try ran on: "same" as the first; "16-bit" where the first's were quantised;

@@ -185,6 +185,14 @@ def test_other_networks_and_folders_are_refused(tmp_path: Path) -> None:
 
 
 @needs_demo
+def test_what_a_checkpoint_says_of_languages_and_lengths_stays(tmp_path: Path) -> None:
+    save_compressed_tensors(make(DEMO, "int4", torch.bfloat16), DEMO, tmp_path / "out")
+    was, now = read_config(DEMO), read_config(tmp_path / "out")
+    assert (now.layout, now.languages, now.max_audio_seconds) == ("hf", ("English", "Chinese"), was.max_audio_seconds)
+    assert was.max_audio_seconds is not None
+
+
+@needs_demo
 def test_quasr_says_that_it_does_not_read_the_export(tmp_path: Path) -> None:
     save_compressed_tensors(make(DEMO, "int4", torch.bfloat16), DEMO, tmp_path / "out")
     with pytest.raises(CheckpointError, match="compressed-tensors"):

@@ -62,6 +62,12 @@ def test_rope_theta_in_either_place() -> None:
     assert parse_config(HF).text.rope_theta == 1e6
 
 
+def test_the_longest_audio_is_known_only_where_the_checkpoint_says_it() -> None:
+    for layout in (HF, ORIGINAL):
+        assert parse_config(layout).max_audio_seconds is None
+        assert parse_config({**layout, "max_audio_seconds": 32}).max_audio_seconds == 32.0
+
+
 @pytest.mark.parametrize("kind", [None, "whisper", "qwen3_omni"])
 def test_other_architectures(tmp_path: Path, kind: str | None) -> None:
     with pytest.raises(UnsupportedModelError, match="qwen3_asr"):
@@ -99,6 +105,9 @@ def test_no_folder_and_no_config(tmp_path: Path) -> None:
         changed("audio_config", n_window=0),
         changed("audio_config", n_window_infer=850),
         changed("audio_config", encoder_attention_heads=0),
+        {**HF, "max_audio_seconds": 0},
+        {**HF, "max_audio_seconds": "long"},
+        {**HF, "max_audio_seconds": float("nan")},
     ],
 )
 def test_configs_that_make_no_sense(tmp_path: Path, config: Any) -> None:
@@ -116,7 +125,10 @@ KEYS = [*HF, *(key for part in ("audio_config", "text_config") for key in SIZES[
 
 
 @settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
-@given(key=st.sampled_from([*KEYS, "eos_token_id", "audio_token_id", "thinker_config", "dtype"]), value=ANYTHING)
+@given(
+    key=st.sampled_from([*KEYS, "eos_token_id", "audio_token_id", "thinker_config", "dtype", "max_audio_seconds"]),
+    value=ANYTHING,
+)
 def test_any_value_anywhere_is_read_or_refused(tmp_path: Path, key: str, value: Any) -> None:
     config = {name: dict(part) if isinstance(part, dict) else part for name, part in HF.items()}
     homes = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, cast
 
@@ -273,6 +274,30 @@ def test_uncut_audio_that_is_longer_than_a_memory_plan_allows_is_refused() -> No
     samples = noise(21.0)
     with pytest.raises(AudioTooLargeError, match=r"longer than the 20 s that the memory plan allows .* more memory"):
         list(cut(blocks(samples), TranscribeOptions(chunk="none"), Job((samples, RATE)), 20.0))
+
+
+def long_pieces(seconds: float, trained: float | None, **options: object) -> list[tuple[float | None, float | None]]:
+    """Where the notices about long pieces are, of a result whose pieces all say something."""
+    engine = ScriptedEngine([english("Hm.")] * 9)
+    chosen = replace(setup(**options), trained=trained)
+    (result,) = transcribe(engine, chosen, [(noise(seconds), RATE)])
+    assert isinstance(result, Transcript)
+    return [(notice.start, notice.end) for notice in result.warnings if notice.code == "long_piece"]
+
+
+def test_a_piece_longer_than_the_model_was_trained_on_is_noticed() -> None:
+    assert long_pieces(8.0, 5.0, chunk="none") == [(0.0, 8.0)]
+    assert long_pieces(8.0, 5.0, chunk="qwen") == [(0.0, 8.0)]
+    assert long_pieces(5.0, 5.0, chunk="none") == []
+    assert long_pieces(8.0, None, chunk="none") == []
+
+
+def test_a_file_of_many_long_pieces_is_noticed_once() -> None:
+    ((start, end),) = long_pieces(30.0, 5.0, piece_seconds=9.0)
+    assert start == 0.0
+    assert end is not None
+    assert 5.0 < end <= 9.0
+    assert long_pieces(30.0, 9.0, piece_seconds=9.0) == []
 
 
 def test_energy_in_the_place_of_silero_is_a_notice(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -78,7 +78,10 @@ class TextConfig:
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """Both halves, the layout they came in, and the ids that the checkpoint itself states (None where it does not)."""
+    """Both halves, the layout they came in, and what the checkpoint itself states (None where it does not).
+
+    That is ids, and the longest audio in seconds that it was trained on: no entry of the released checkpoints.
+    """
 
     audio: AudioConfig
     text: TextConfig
@@ -87,6 +90,7 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
     dtype: str = "bfloat16"
     languages: tuple[str, ...] = ()
+    max_audio_seconds: float | None = None
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -139,6 +143,7 @@ def parse_config(raw: dict[str, Any]) -> ModelConfig:
         audio_token_id=_maybe_int(body.get("audio_token_id")),
         eos_token_ids=_ids(raw.get("eos_token_id", body.get("eos_token_id"))),
         languages=tuple(map(str, raw.get("support_languages") or ())),
+        max_audio_seconds=None if raw.get("max_audio_seconds") is None else float(raw["max_audio_seconds"]),
         dtype=str(body.get("dtype") or body.get("torch_dtype") or raw.get("dtype") or "bfloat16"),
     )
     _check(config)
@@ -190,6 +195,8 @@ def _check(config: ModelConfig) -> None:
         raise ValueError("num_attention_heads is not a multiple of num_key_value_heads, or head_dim is odd")
     if not (0 < text.rms_eps < 1 and 0 < text.rope_theta < float("inf")):
         raise ValueError("rms_norm_eps or rope_theta is out of range")
+    if config.max_audio_seconds is not None and not config.max_audio_seconds > 0:
+        raise ValueError(f"max_audio_seconds is {config.max_audio_seconds}")
     if audio.output != text.hidden:
         raise ValueError(f"output_dim {audio.output} of the encoder is not the decoder's hidden_size {text.hidden}")
 

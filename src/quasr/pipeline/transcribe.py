@@ -62,7 +62,8 @@ Progress = Callable[[float], None]
 class Setup:
     """What all inputs of one call share. `language` is the forced language's name, or None.
 
-    No piece may be longer than `longest` seconds: the model's limit, or what a memory plan allows.
+    No piece may be longer than `longest` seconds: the model's limit, or what a memory plan allows. A notice tells of
+    one longer than `trained` seconds, the most that the model has met; None where it does not say.
     """
 
     tokenizer: Tokenizer
@@ -72,6 +73,7 @@ class Setup:
     limits: FetchLimits
     retry: Retry = SAME_WEIGHTS
     longest: float = OFFICIAL_SECONDS
+    trained: float | None = None
 
 
 @dataclass(slots=True)
@@ -193,11 +195,24 @@ def _read(setup: Setup, job: Job) -> Iterator[Task]:
     started = time.perf_counter()
     blocks = _counted(stream(job.source, setup.limits, on_warning=job.notices.append), job)
     for piece in cut(blocks, setup.options, job, setup.longest):
+        _note_length(setup, job, piece)
         task = _task(setup, job, piece, setup.prompt)
         job.spend(decode=time.perf_counter() - started)
         job.wait_for(1)
         yield task
         started = time.perf_counter()
+
+
+def _note_length(setup: Setup, job: Job, piece: Piece) -> None:
+    """Tells of the first piece of a file that is longer than all that the model was trained on."""
+    told = any(notice.code == "long_piece" for notice in job.notices)
+    if setup.trained is None or piece.end - piece.start <= setup.trained or told:
+        return
+    message = (
+        f"from {piece.start:.1f} to {piece.end:.1f} s is one piece, and this model was trained on {setup.trained:g} s "
+        "at most: check the text, or have it cut (chunk vad, in pieces no longer than that)"
+    )
+    job.notices.append(Notice("long_piece", message, piece.start, piece.end))
 
 
 def _counted(blocks: Iterator[NDArray[np.float32]], job: Job) -> Iterator[NDArray[np.float32]]:

@@ -258,6 +258,7 @@ class Transcriber:
             limits=limits or FetchLimits(),
             retry=self._retry,
             longest=self._most.seconds if self._most else OFFICIAL_SECONDS,
+            trained=self._config.max_audio_seconds,
         )
 
     def close(self) -> None:

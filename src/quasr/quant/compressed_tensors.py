@@ -165,7 +165,7 @@ def _config(model: Qwen3ASR, tokenizer: Tokenizer, raw: dict[str, Any]) -> dict[
     if "thinker_config" not in raw:
         return raw | {"dtype": dtype}
     special, text = tokenizer.special, model.config.text
-    languages = {"support_languages": raw["support_languages"]} if "support_languages" in raw else {}
+    stated: dict[str, Any] = {name: raw[name] for name in ("support_languages", "max_audio_seconds") if name in raw}
     return {
         "architectures": ["Qwen3ASRForConditionalGeneration"],
         "model_type": "qwen3_asr",
@@ -176,7 +176,7 @@ def _config(model: Qwen3ASR, tokenizer: Tokenizer, raw: dict[str, Any]) -> dict[
         "pad_token_id": special.endoftext,
         "tie_word_embeddings": text.tied_head,
         "dtype": dtype,
-        **languages,
+        **stated,
     }
 
 
