@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import gc
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
+from itertools import count
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -15,10 +20,11 @@ from quasr.engine.base import BatchQueue, ClipRequest, ClipResult, EngineInfo, E
 from quasr.errors import ModelError, ResourceError
 from quasr.pipeline.feed import answers
 from quasr.pipeline.shared import Client, Lender, SharedEngine
-from quasr.pipeline.turns import Turns
+from quasr.pipeline.turns import Turns, _Place
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterator, Sequence
+    from collections.abc import Callable, Generator, Iterator, Sequence
+    from types import FrameType
 
 SICK = 13
 """A clip of so many samples fails the engine, one of twice as many is interrupted."""
@@ -231,18 +237,15 @@ def test_an_engine_that_cannot_be_made_is_asked_for_again() -> None:
 def test_turns_come_in_the_order_of_asking() -> None:
     """A plain lock is nearly always taken again by the thread that has it."""
     turns, order = Turns(), list[object]()
+    threads = [threading.Thread(target=turns.run, args=(partial(order.append, number),)) for number in range(5)]
 
-    def work(number: int) -> None:
-        with turns:
-            order.append(number)
-
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(5)]
-    with turns:
+    def hold() -> None:
         for number, thread in enumerate(threads):
             thread.start()
-            wait_until(lambda most=number + 1: len(turns._waiting) == most)
-    with turns:
-        order.append("again")
+            wait_until(lambda most=number + 2: len(turns._line) == most)
+
+    turns.run(hold)
+    turns.run(lambda: order.append("again"))
     for thread in threads:
         thread.join(10)
     assert order == [0, 1, 2, 3, 4, "again"]
@@ -253,13 +256,12 @@ def held_by_another(turns: Turns) -> tuple[threading.Event, threading.Thread]:
     taken, end = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with turns:
-            taken.set()
-            end.wait(10)
+        taken.set()
+        end.wait(10)
 
-    thread = threading.Thread(target=hold)
+    thread = threading.Thread(target=turns.run, args=(hold,), daemon=True)
     thread.start()
-    assert taken.wait(10)
+    assert taken.wait(10), "the turn was not given back"
     return end, thread
 
 
@@ -269,25 +271,18 @@ def test_who_is_interrupted_while_he_waits_gives_his_turn_away(monkeypatch: pyte
     turns = Turns()
     end, thread = held_by_another(turns)
 
-    class Interrupted:
-        asked = 0
-
-        def acquire(self) -> None:
-            self.asked += 1
-            if self.asked == 2:
-                if comes:
-                    end.set()
-                    thread.join(10)
-                raise KeyboardInterrupt
-
-        def release(self) -> None:
-            """The turn is handed over."""
+    class Interrupted(SimpleQueue[None]):
+        def get(self) -> None:  # type: ignore[override]
+            if comes:
+                end.set()
+                thread.join(10)
+            raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("quasr.pipeline.turns.threading.Lock", Interrupted)
+        patch.setattr("quasr.pipeline.turns.SimpleQueue", Interrupted)
         with pytest.raises(KeyboardInterrupt):
-            turns.__enter__()
-    assert not turns._waiting
+            turns.run(lambda: pytest.fail("it is another's turn"))
+    assert len(turns._line) == (0 if comes else 1)
     end.set()
     thread.join(10)
     other, last = held_by_another(turns)
@@ -295,15 +290,96 @@ def test_who_is_interrupted_while_he_waits_gives_his_turn_away(monkeypatch: pyte
     last.join(10)
 
 
-def test_a_turn_that_an_interrupt_has_lost_is_found_again() -> None:
-    """As if it had come between the taking and the work. Others go on after that."""
+def test_a_turn_that_two_interrupts_have_lost_is_found_again_by_its_thread() -> None:
     turns = Turns()
-    turns.__enter__()
-    with turns:
-        pass
-    end, thread = held_by_another(turns)
-    end.set()
-    thread.join(10)
+    turns._wait(_Place())
+    assert turns.run(lambda: "work") == "work"
+    assert not turns._line
+
+
+TRACED = ("/pipeline/turns.py", "/pipeline/shared.py")
+
+
+class Interrupter:
+    """Raises KeyboardInterrupt in this thread before the `at`-th line, or instruction, of the turns' code."""
+
+    def __init__(self, at: int, instructions: bool) -> None:
+        self.left = at
+        self.instructions = instructions
+
+    def __enter__(self) -> None:
+        sys.settrace(self._trace)
+
+    def __exit__(self, *_: object) -> None:
+        sys.settrace(None)
+
+    def _trace(self, frame: FrameType, _event: str, _argument: object) -> Any:
+        if not frame.f_code.co_filename.endswith(TRACED):
+            return None
+        frame.f_trace_opcodes = self.instructions
+        self.left -= 1
+        if self.left < 0:
+            raise KeyboardInterrupt
+        return self._trace
+
+
+def interrupted(interrupter: Interrupter, work: Callable[[], object], others: Callable[[], object]) -> bool:
+    """Whether `work` has so many places. `others` have to come to an end in another thread before the exception is
+    forgotten, with all that its frames hold."""
+    ended: list[object] = []
+    try:
+        with interrupter:
+            work()
+    except KeyboardInterrupt:
+        thread = threading.Thread(target=lambda: ended.append(others()), daemon=True)
+        thread.start()
+        thread.join(10)
+        assert ended, "another thread waits for ever, or failed"
+        return True
+    return False
+
+
+def test_an_interrupt_anywhere_gives_the_turn_to_the_next_thread() -> None:
+    turns = Turns()
+    for at in count():
+        done: list[str] = []
+        early = threading.Thread(target=turns.run, args=(partial(done.append, "early"),), daemon=True)
+
+        def work(early: threading.Thread = early) -> None:
+            early.start()
+            wait_until(lambda: len(turns._line) == 2)
+
+        late = partial(turns.run, partial(done.append, "late"))
+        if not interrupted(Interrupter(at, instructions=True), partial(turns.run, work), late):
+            break
+        if early.ident:
+            early.join(10)
+        assert done == ["early", "late"][early.ident is None :]
+    early.join(10)
+    assert at > 100
+    assert not turns._line
+
+
+@IN_FLIGHT
+def test_an_interrupt_anywhere_in_a_call_leaves_no_other_waiting(in_flight: int) -> None:
+    """Those with clips in the engine get their results, or are told that they were lost; new ones get theirs."""
+    shared = SharedEngine(Double(in_flight))
+
+    def others(client: Client, tickets: list[Ticket]) -> None:
+        found: list[tuple[Ticket, ClipResult]] = []
+        with suppress(ResourceError):
+            while len(found) < len(tickets):
+                found += client.step()
+            assert sorted(result.tokens[0] for _, result in found) == [100, 101, 102]
+        assert shared.client().run([Numbered(9).request])[0].tokens == (9,)
+
+    for at in count():
+        other = shared.client()
+        tickets = [other.submit(Numbered(100 + n).request) for n in range(3)]
+        work = partial(shared.client().run, [Numbered(7).request])
+        if not interrupted(Interrupter(at, instructions=False), work, partial(others, other, tickets)):
+            break
+    assert at > 50
 
 
 def wait_until(true: Any) -> None:

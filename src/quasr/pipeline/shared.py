@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from contextlib import contextmanager
 from dataclasses import fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from quasr.engine.base import EngineStats, belongs, run_group
 from quasr.errors import QuasrError, ResourceError
 from quasr.pipeline.turns import Turns
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterator, Sequence
+    from collections.abc import Callable, Hashable, Sequence
 
     from quasr.engine.base import ClipRequest, ClipResult, Engine, EngineInfo, Ticket
+
+T = TypeVar("T")
 
 CLOSED = "the transcriber is closed: load the model again"
 
@@ -44,26 +45,31 @@ class SharedEngine:
 
     def close(self) -> None:
         """Closes the engine; callers who still wait get a RuntimeError."""
-        with self._turns:
-            self.closed = True
-            self.fail(RuntimeError(CLOSED))
-            self.engine.close()
+        self._turns.run(self._close)
 
-    @contextmanager
-    def turn(self) -> Iterator[Engine]:
-        """The engine for one caller alone. Raises RuntimeError where it is closed."""
-        with self._turns:
-            if self.closed:
-                raise RuntimeError(CLOSED)
-            while self._cancelled:
-                self._forget(*self._cancelled.popleft())
-            yield self.engine
+    def turn(self, work: Callable[[Engine], T]) -> T:
+        """What `work(engine)` returns, which has the engine for itself. Raises RuntimeError where it is closed."""
+        return self._turns.run(lambda: work(self._open()))
 
     def fail(self, error: BaseException) -> None:
         """All clips are lost, by an engine that raises `error`: their owners are told at their next turn."""
         for owner in set(self.owners.values()):
             owner.error = error
         self.owners.clear()
+
+    def _open(self) -> Engine:
+        """The engine, rid of what was cancelled."""
+        if self.closed:
+            raise RuntimeError(CLOSED)
+        while self._cancelled:
+            self._forget(*self._cancelled[0])
+            self._cancelled.popleft()
+        return self.engine
+
+    def _close(self) -> None:
+        self.closed = True
+        self.fail(RuntimeError(CLOSED))
+        self.engine.close()
 
     def _forget(self, client: Client, what: Hashable) -> None:
         self.engine.cancel(what)
@@ -91,23 +97,17 @@ class Client:
 
     def submit(self, request: ClipRequest, group: Hashable = 0) -> Ticket:
         """As `Engine.submit`."""
-        with self._turn() as engine:
+
+        def work(engine: Engine) -> Ticket:
             ticket = engine.submit(request, group)
             self._shared.owners[ticket] = self
             return ticket
 
+        return self._turn(work)
+
     def step(self) -> list[tuple[Ticket, ClipResult]]:
         """As `Engine.step`. Raises what another caller's step raised, too, if that ended the work on these clips."""
-        with self._turn() as engine:
-            if not self.ready:
-                try:
-                    self._deliver(engine.step())
-                except BaseException as error:
-                    self._shared.fail(error)
-                    self.error = None
-                    raise
-            found, self.ready = self.ready, []
-            return found
+        return self._turn(self._step)
 
     def cancel(self, what: Hashable) -> None:
         """As `Engine.cancel`."""
@@ -116,8 +116,7 @@ class Client:
     def run(self, requests: Sequence[ClipRequest]) -> list[ClipResult]:
         """As `Engine.run`. An engine that takes many clips at once goes on with the others' meanwhile."""
         if not self.info.in_flight:
-            with self._turn() as engine:
-                return engine.run(requests)
+            return self._turn(lambda engine: engine.run(requests))
         results, others = run_group(self, requests)
         self.ready += others
         return results
@@ -126,24 +125,39 @@ class Client:
         """Ends this view; what lies behind it stays as long as others need it."""
         self._on_close()
 
-    @contextmanager
-    def _turn(self) -> Iterator[Engine]:
-        with self._shared.turn() as engine:
-            if self.error is not None:
-                error, self.error = self.error, None
-                raise _anew(error) from error
-            before = _figures(engine.stats)
+    def _turn(self, work: Callable[[Engine], T]) -> T:
+        return self._shared.turn(lambda engine: self._counted(engine, work))
+
+    def _counted(self, engine: Engine, work: Callable[[Engine], T]) -> T:
+        """`work(engine)`, whose cost is added to `stats`. Raises what ended this client's clips meanwhile."""
+        if self.error is not None:
+            error, self.error = self.error, None
+            raise _anew(error) from error
+        before = _figures(engine.stats)
+        try:
+            return work(engine)
+        finally:
+            for name, value in _figures(engine.stats).items():
+                setattr(self.stats, name, getattr(self.stats, name) + value - before[name])
+
+    def _step(self, engine: Engine) -> list[tuple[Ticket, ClipResult]]:
+        if not self.ready:
             try:
-                yield engine
-            finally:
-                for name, value in _figures(engine.stats).items():
-                    setattr(self.stats, name, getattr(self.stats, name) + value - before[name])
+                self._deliver(engine.step())
+            except BaseException as error:
+                self._shared.fail(error)
+                self.error = None
+                raise
+        found, self.ready = self.ready, []
+        return found
 
     def _deliver(self, finished: list[tuple[Ticket, ClipResult]]) -> None:
+        """Gives each result to its owner, who is forgotten only then: an interrupt in between is told to him."""
+        owners = self._shared.owners
         for ticket, result in finished:
-            owner = self._shared.owners.pop(ticket, None)
-            if owner is not None:
-                owner.ready.append((ticket, result))
+            if ticket in owners:
+                owners[ticket].ready.append((ticket, result))
+                del owners[ticket]
 
 
 class Lender:
