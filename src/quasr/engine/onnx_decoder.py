@@ -7,6 +7,7 @@ the last one.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -46,6 +47,18 @@ class StaticCache:
     def move(self, source: int, target: int, filled: int) -> None:
         """Copies the first `filled` positions of one row over another's."""
         self._data[:, :, target, :, :filled] = self._data[:, :, source, :, :filled]
+
+
+@dataclass(frozen=True, slots=True)
+class OnnxNetwork:
+    """The decoder's graph, for as many caches as are wanted."""
+
+    session: Any
+    facts: GraphFacts
+
+    def cache(self, rows: int, capacity: int) -> DecoderGraph:
+        """Room for `rows` clips of at most `capacity` positions."""
+        return DecoderGraph(self.session, self.facts, rows, capacity)
 
 
 class DecoderGraph:

@@ -10,7 +10,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -26,8 +26,9 @@ from quasr.engine.base import (
     nan_error,
     run_group,
 )
+from quasr.engine.native_decoder import open_native
 from quasr.engine.onnx_audio import AudioGraphs, token_count
-from quasr.engine.onnx_decoder import DecoderGraph
+from quasr.engine.onnx_decoder import OnnxNetwork
 from quasr.engine.onnx_session import open_session, out_of_memory
 from quasr.engine.row import Row
 from quasr.engine.token_table import TokenTable
@@ -46,6 +47,25 @@ if TYPE_CHECKING:
 
 MOST_ROWS = 8
 """Clips that are decoded at once: more gain little on a CPU, and each holds its keys and values in memory."""
+
+
+class Decoder(Protocol):
+    """A cache and the network over it; `quasr.engine.onnx_decoder.DecoderGraph` says what its calls do."""
+
+    rows: int
+    capacity: int
+
+    def prefill(self, row: int, embeddings: NDArray[np.float32]) -> NDArray[np.float32]: ...
+
+    def step(self, embeddings: NDArray[np.float32], positions: Sequence[int]) -> NDArray[np.float32]: ...
+
+    def move(self, source: int, target: int, filled: int) -> None: ...
+
+
+class Network(Protocol):
+    """The decoder's weights: ONNX Runtime's, or `quasr.engine.native_decoder.NativeNetwork`."""
+
+    def cache(self, rows: int, capacity: int) -> Decoder: ...
 
 
 @dataclass(slots=True)
@@ -69,16 +89,19 @@ class OnnxEngine(Reporting):
         self, folder: Path, stop_ids: Collection[int], runtime: Runtime, reasons: tuple[str, ...] = ()
     ) -> None:
         manifest = read_manifest(folder)
-        # The decoder first: while it is loaded it takes twice its head, and the others fit into that afterwards.
-        sessions = {name: open_session(folder / f"{name}.onnx", runtime) for name in ("decoder", "stem", "encoder")}
+        # The decoder first: while ONNX Runtime loads it, it takes twice its head, where the others fit in afterwards.
+        native, reason = open_native(folder, manifest, runtime)
+        self._network: Network | None = native or OnnxNetwork(
+            open_session(folder / "decoder.onnx", runtime), manifest.graph
+        )
+        stem, encoder = (open_session(folder / f"{name}.onnx", runtime) for name in ("stem", "encoder"))
         self._facts = manifest.graph
-        self._audio: AudioGraphs | None = AudioGraphs(sessions["stem"], sessions["encoder"], manifest.graph)
-        self._session: Any = sessions["decoder"]
-        self._graph: DecoderGraph | None = None
+        self._audio: AudioGraphs | None = AudioGraphs(stem, encoder, manifest.graph)
+        self._graph: Decoder | None = None
         self._table = TokenTable(folder, manifest.embedding)
         self._stop_ids = frozenset(stop_ids)
         self._stats = EngineStats()
-        self._info = _info(manifest, runtime, reasons)
+        self._info = _info(manifest, runtime, (*reasons, reason))
         self._submitted = 0
         self._waiting: dict[Ticket, ClipRequest] = {}
         self._running: list[Running] = []
@@ -131,7 +154,7 @@ class OnnxEngine(Reporting):
 
     def close(self) -> None:
         """Gives the memory back. The engine cannot be used afterwards."""
-        self._audio = self._session = self._graph = None
+        self._audio = self._network = self._graph = None
         self._waiting, self._running, self._ready = {}, [], []
 
     def _advance(self) -> None:
@@ -175,15 +198,16 @@ class OnnxEngine(Reporting):
             graph = self._cache(request)
             self._take(graph.prefill(len(self._running) - 1, prompt), [row])
 
-    def _cache(self, request: ClipRequest) -> DecoderGraph:
+    def _cache(self, request: ClipRequest) -> Decoder:
         """The cache that runs, or one for this clip and those that wait behind it."""
+        assert self._network is not None
         if len(self._running) > 1 and self._graph is not None:
             return self._graph
         together = [request, *islice(self._waiting.values(), MOST_ROWS - 1)]
         capacity = max(map(self._positions, together))
         if self._graph is None or self._graph.rows < len(together) or self._graph.capacity < capacity:
             self._graph = None  # before the next one is made, so that there are never two
-            self._graph = DecoderGraph(self._session, self._facts, len(together), capacity)
+            self._graph = self._network.cache(len(together), capacity)
         return self._graph
 
     def _decode(self) -> None:
@@ -228,6 +252,10 @@ class OnnxEngine(Reporting):
         started = time.perf_counter()
         yield
         setattr(self._stats, stage, getattr(self._stats, stage) + time.perf_counter() - started)
+
+
+def _onnx_network(folder: Path, manifest: Manifest, runtime: Runtime) -> OnnxNetwork:
+    return OnnxNetwork(open_session(folder / "decoder.onnx", runtime), manifest.graph)
 
 
 def _info(manifest: Manifest, runtime: Runtime, reasons: tuple[str, ...]) -> EngineInfo:

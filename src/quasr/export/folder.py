@@ -13,7 +13,7 @@ from quasr.export.datafile import DataFile
 from quasr.export.decoder import build_decoder
 from quasr.export.encoder import build_encoder
 from quasr.export.linear import TABLE
-from quasr.export.manifest import MANIFEST_FILE, EmbeddingTable, File, GraphFacts, Manifest, is_onnx_folder
+from quasr.export.manifest import MANIFEST_FILE, EmbeddingTable, File, GraphFacts, Manifest, Tensor, is_onnx_folder
 from quasr.export.stem import build_stem
 from quasr.model.config import read_config, read_json
 from quasr.quant.recipe import EMBEDDING
@@ -84,7 +84,23 @@ def _write(source: Path, config: ModelConfig, options: ExportOptions, fresh: Pat
         files={name: File(**asdict(digest(fresh / name))) for name in written},
         source=source_record(source),
         quasr=installed_version("quasr"),
+        decoder=_tensors(collected),
     )
+
+
+def _tensors(collected: Collected) -> dict[str, Tensor]:
+    """Where the decoder's tensors lie, matrices as NAME.weight and NAME.scale, without the room's own name."""
+    places = dict(collected.tensors)
+    for name, found in collected.linears.items():
+        places[f"{name}.weight"] = found.weight
+        if found.scale is not None:
+            places[f"{name}.scale"] = found.scale
+    room = "decoder."
+    return {
+        name.removeprefix(room): Tensor(place.offset, place.shape, place.dtype.name)
+        for name, place in places.items()
+        if name.startswith(room)
+    }
 
 
 def _positions(source: Path) -> int:

@@ -1,0 +1,284 @@
+"""The decoder in C (quasr.native) over an ONNX folder's own data file, which is mapped and never copied.
+
+It serves folders whose layers are in int8 or int4 groups and whose activations may be rounded: those meet the codes as
+16-bit numbers. All else, and every other processor than those it was measured on, is ONNX Runtime's.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from ctypes import POINTER, Structure, c_double, c_int64, c_void_p
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from quasr.errors import CheckpointError, OptionError, QuasrError
+from quasr.export.manifest import AGAIN
+from quasr.model.config import read_config
+from quasr.native import library
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from numpy.typing import ArrayLike, NDArray
+
+    from quasr.engine.onnx_session import Runtime
+    from quasr.export.manifest import Manifest
+    from quasr.model.config import TextConfig
+
+    Floats = NDArray[np.float32]
+
+DATA = "decoder.onnx.data"
+
+LANES = 16
+"""Positions of a block of keys, and what head sizes are multiples of."""
+
+SPANS = (128, 64, 32)
+"""Columns that may share a scale of activations, the fastest first."""
+
+KINDS = {8: 0, 4: 1}
+"""Bits of unsigned codes, and how decoder.c calls them."""
+
+SIGNED = 2
+"""int8 by rows, in decoder.c."""
+
+HALF_BYTES = 2
+
+MEASURED = "avx512_vnni"
+"""What the processors have on which this was found to be faster than ONNX Runtime."""
+
+
+class Matrix(Structure):
+    _fields_ = (
+        ("codes", c_void_p), ("scales", c_void_p), ("rows", c_int64), ("columns", c_int64), ("group", c_int64),
+        ("span", c_int64), ("kind", c_int64),
+    )  # fmt: skip
+
+
+class Layer(Structure):
+    _fields_ = (
+        ("qkv", Matrix), ("o", Matrix), ("gate_up", Matrix), ("down", Matrix), ("input_norm", c_void_p),
+        ("q_norm", c_void_p), ("k_norm", c_void_p), ("post_norm", c_void_p),
+    )  # fmt: skip
+
+
+class Network(Structure):
+    _fields_ = (
+        ("layers", c_int64), ("hidden", c_int64), ("heads", c_int64), ("kv_heads", c_int64), ("head_dim", c_int64),
+        ("ffn", c_int64), ("layer", POINTER(Layer)), ("norm", c_void_p), ("head", Matrix), ("eps", c_double),
+    )  # fmt: skip
+
+
+class Cache(Structure):
+    _fields_ = (
+        ("keys", c_void_p), ("values", c_void_p), ("cosines", c_void_p), ("sines", c_void_p), ("rows", c_int64),
+        ("capacity", c_int64),
+    )  # fmt: skip
+
+
+class Request(Structure):
+    _fields_ = (
+        ("embeddings", c_void_p), ("rows", c_void_p), ("positions", c_void_p), ("wanted", c_void_p),
+        ("logits", c_void_p), ("tokens", c_int64), ("outputs", c_int64),
+    )  # fmt: skip
+
+
+def open_native(folder: Path, manifest: Manifest, runtime: Runtime) -> tuple[NativeNetwork | None, str]:
+    """The decoder of `folder` in C, or None where ONNX Runtime is to run it, and why.
+
+    Raises OptionError where QUASR_NATIVE is unknown or asks for what cannot run, CheckpointError for a folder whose
+    tensors are not where its manifest says.
+    """
+    wish = library.wish()
+    if wish == "off":
+        return None, f"the decoder is ONNX Runtime's: {library.VARIABLE}=off asks for it"
+    lack = _lack(manifest, read_config(folder).text, runtime)
+    if lack is None and wish == "auto" and MEASURED not in library.processor():
+        lack = f"C is unmeasured on this processor ({library.VARIABLE}=on asks for it)"
+    if lack is None:
+        try:
+            compiled = library.load()
+        except QuasrError as error:
+            lack = str(error)
+        else:
+            return NativeNetwork(compiled, folder, manifest, runtime.threads), "the decoder is compiled C"
+    if wish == "on":
+        raise OptionError(f"{library.VARIABLE} is on, but {lack}: use auto")
+    return None, f"the decoder is ONNX Runtime's: {lack}"
+
+
+def _lack(manifest: Manifest, config: TextConfig, runtime: Runtime) -> str | None:
+    """Why C cannot run this folder, or None."""
+    if runtime.provider != "cpu":
+        return f"the provider {runtime.provider} was asked for"
+    if manifest.weights == "fp32" or manifest.activations != "int8":
+        return f"the folder has {manifest.weights} weights and {manifest.activations} activations"
+    if not manifest.decoder:
+        return f"the folder does not say where its tensors lie: {AGAIN}"
+    if config.head_dim % LANES:
+        return f"its heads have {config.head_dim} numbers, no multiple of {LANES}"
+    odd = next((name for name, size in _sizes(config).items() if _form(manifest, name, size) is None), None)
+    return odd and f"{odd} has no groups of {', '.join(map(str, SPANS))}, or another multiple of {SPANS[-1]}"
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """How decoder.c calls a matrix's codes, and how many columns share a scale of weights and of activations."""
+
+    kind: int
+    group: int
+    span: int
+
+
+def _sizes(config: TextConfig) -> dict[str, tuple[int, int]]:
+    """(rows, columns) of every matrix."""
+    queries, pairs = config.heads * config.head_dim, config.kv_heads * config.head_dim
+    one_layer = {
+        "self_attn.qkv": (queries + 2 * pairs, config.hidden),
+        "self_attn.o_proj": (config.hidden, queries),
+        "mlp.gate_up": (2 * config.ffn, config.hidden),
+        "mlp.down_proj": (config.hidden, config.ffn),
+    }
+    layers = {f"layers.{index}.{name}": size for index in range(config.layers) for name, size in one_layer.items()}
+    return {**layers, "embed_tokens" if config.tied_head else "lm_head": (config.vocab_size, config.hidden)}
+
+
+def _form(manifest: Manifest, name: str, size: tuple[int, int]) -> Form | None:
+    """None for what decoder.c does not read, such as matrices by rows, which lie on their side, but for the table."""
+    weight, scale = (manifest.decoder.get(f"{name}.{leaf}") for leaf in ("weight", "scale"))
+    rows, columns = size
+    if weight is None or scale is None:
+        return None
+    if (name, weight.dtype, weight.shape, scale.shape) == ("embed_tokens", "int8", size, (rows,)):
+        kind, group = SIGNED, columns
+    elif weight.dtype == "uint8" and scale.shape == (rows, *weight.shape[1:2]) and columns % weight.shape[1] == 0:
+        group = columns // weight.shape[1]
+        kind = KINDS.get(8 * weight.shape[2] // group, -1)
+    else:
+        return None
+    span = next((span for span in SPANS if group % span == 0), None)
+    return None if span is None or kind < 0 else Form(kind, group, span)
+
+
+class NativeNetwork:
+    """The weights, mapped, and a description of them for decoder.c. Raises CheckpointError as `open_native`."""
+
+    def __init__(self, compiled: ctypes.CDLL, folder: Path, manifest: Manifest, threads: int) -> None:
+        self.facts, self.threads = manifest.graph, threads
+        self.config = read_config(folder).text
+        self.stored = np.dtype(np.float16 if compiled.quasr_stored_bytes() == HALF_BYTES else np.float32)
+        self._manifest, self._data = manifest, np.memmap(folder / DATA, np.uint8, "r")
+        self._sizes = _sizes(self.config)
+        self._layers = (Layer * self.config.layers)(*map(self._layer, range(self.config.layers)))
+        self._network = self._describe()
+        self._decode = compiled.quasr_decode
+        self._decode.argtypes = (POINTER(Network), POINTER(Cache), POINTER(Request), c_int64)
+
+    def cache(self, rows: int, capacity: int) -> NativeDecoder:
+        """Room for `rows` clips of at most `capacity` positions."""
+        return NativeDecoder(self, rows, capacity)
+
+    def decode(self, cache: Cache, request: Request) -> None:
+        """Runs the request's tokens, whose places are checked. Raises MemoryError."""
+        if self._decode(self._network, cache, request, self.threads):
+            raise MemoryError("no memory for the decoder's activations")
+
+    def _describe(self) -> Network:
+        config = self.config
+        sizes = (config.layers, config.hidden, config.heads, config.kv_heads, config.head_dim, config.ffn)
+        head = self._matrix("embed_tokens" if config.tied_head else "lm_head")
+        return Network(*sizes, self._layers, self._place("norm.weight", (config.hidden,)), head, config.rms_eps)
+
+    def _layer(self, index: int) -> Layer:
+        name, config = f"layers.{index}", self.config
+        parts = ("self_attn.qkv", "self_attn.o_proj", "mlp.gate_up", "mlp.down_proj")
+        matrices = (self._matrix(f"{name}.{part}") for part in parts)
+        norms = {
+            "input_layernorm": config.hidden,
+            "self_attn.q_norm": config.head_dim,
+            "self_attn.k_norm": config.head_dim,
+            "post_attention_layernorm": config.hidden,
+        }
+        return Layer(*matrices, *(self._place(f"{name}.{norm}.weight", (size,)) for norm, size in norms.items()))
+
+    def _matrix(self, name: str) -> Matrix:
+        size = rows, columns = self._sizes[name]
+        form = _form(self._manifest, name, size)
+        assert form is not None, "the caller looked"
+        bits = next((bits for bits, kind in KINDS.items() if kind == form.kind), 8)
+        weight = self._place(f"{name}.weight", (rows, columns * bits // 8), np.uint8)
+        scale = self._place(f"{name}.scale", (rows, columns // form.group))
+        return Matrix(weight, scale, rows, columns, form.group, form.span, form.kind)
+
+    def _place(self, name: str, shape: tuple[int, ...], dtype: type[np.generic] = np.float32) -> int:
+        """The address of a tensor of so many numbers."""
+        tensor = self._manifest.decoder.get(name)
+        size, width = math.prod(shape), np.dtype(dtype).itemsize
+        if tensor is None or math.prod(tensor.shape) != size or np.dtype(tensor.dtype).itemsize != width:
+            raise CheckpointError(f"{name} is not in the folder as its config.json says: {AGAIN}")
+        if tensor.offset < 0 or tensor.offset % width or tensor.offset + size * width > len(self._data):
+            raise CheckpointError(f"{name} does not lie inside {DATA}: {AGAIN}")
+        return int(self._data.ctypes.data) + tensor.offset
+
+
+class NativeDecoder:
+    """Keys and values of `rows` clips, and the network over them: as `quasr.engine.onnx_decoder.DecoderGraph`.
+
+    Both are 16-bit floats where the processor turns those into 32 bits. Keys lie in blocks of LANES positions, so that
+    the scores of a block are sums of whole vectors.
+    """
+
+    def __init__(self, network: NativeNetwork, rows: int, capacity: int) -> None:
+        self.rows, self.capacity = rows, capacity
+        self._network, config = network, network.config
+        room = -(-capacity // LANES) * LANES
+        shape = (2, config.layers, rows, config.kv_heads, room * config.head_dim)
+        self._data: NDArray[Any] = np.empty(shape, network.stored)
+        self._turns = np.stack(_turns(config, room))
+        self._logits: Floats = np.empty((rows, config.vocab_size), np.float32)
+        parts = (*self._data, *self._turns)
+        self._cache = Cache(*(part.ctypes.data for part in parts), rows, room)
+
+    def prefill(self, row: int, embeddings: Floats) -> Floats:
+        """A prompt (tokens, hidden) into row `row` -> logits (1, vocab) after its last position."""
+        count = len(embeddings)
+        self._run(embeddings, np.full(count, row), np.arange(count), [count - 1], row)
+        return self._logits[row : row + 1]
+
+    def step(self, embeddings: Floats, positions: Sequence[int]) -> Floats:
+        """One more token for the first rows: (rows, hidden) and the positions filled before it.
+
+        Returns logits (rows, vocab), valid until the next call.
+        """
+        rows = np.arange(len(positions))
+        self._run(embeddings, rows, positions, rows, 0)
+        return self._logits[: len(positions)]
+
+    def move(self, source: int, target: int, filled: int) -> None:
+        """Gives the place of row `target` to row `source`, of which `filled` positions are in use."""
+        used = -(-filled // LANES) * LANES * self._network.config.head_dim
+        self._data[:, :, target, :, :used] = self._data[:, :, source, :, :used]
+
+    def _run(self, embeddings: Floats, rows: ArrayLike, positions: ArrayLike, wanted: ArrayLike, first: int) -> None:
+        """Logits of the tokens `wanted` go into rows from `first` on. Raises ValueError for what has no place."""
+        x = np.ascontiguousarray(embeddings, np.float32)
+        places = [np.ascontiguousarray(numbers, np.int32) for numbers in (rows, positions, wanted)]
+        tokens, config = len(places[0]), self._network.config
+        if x.shape != (tokens, config.hidden) or not tokens or len(places[1]) != tokens:
+            raise ValueError(f"{tokens} tokens and embeddings of {x.shape}")
+        limits = (self.rows, self.capacity, tokens)
+        if any(part.min() < 0 or part.max() >= limit for part, limit in zip(places, limits, strict=True)):
+            raise ValueError(f"there are {self.rows} rows of {self.capacity} positions")
+        addresses = (part.ctypes.data for part in (x, *places, self._logits[first:]))
+        self._network.decode(self._cache, Request(*addresses, tokens, len(places[2])))
+
+
+def _turns(config: TextConfig, positions: int) -> tuple[Floats, Floats]:
+    """Cosines and sines, (positions, head_dim / 2), as `quasr.model.decoder.rope_angles` makes them."""
+    halves = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
+    rates = np.float32(1) / np.float32(config.rope_theta) ** halves
+    angles = np.arange(positions, dtype=np.float32)[:, None] * rates
+    return np.cos(angles), np.sin(angles)

@@ -1,0 +1,765 @@
+/* The text decoder on a CPU: prompts and steps straight from the codes of an ONNX folder's data file (docs/onnx.md).
+
+   Activations meet the codes as int16, with a scale for every group of a token; the sums of a group are exact in int32
+   and are added up in float, group after group. So a token's numbers do not depend on the tokens beside it, on the
+   number of threads, or on which of the two products below computes them. `native_reference.py` in the tests is the
+   plain formula. All pointers are checked by the caller, quasr.engine.native_decoder. */
+
+#define _GNU_SOURCE
+#include <pthread.h>
+#include <sched.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+enum {
+    LANES = 16,           /* floats in a vector */
+    CODES = 32,           /* int16 in a vector */
+    PARTS = 4,            /* vectors of rows that a prompt's product unpacks at once */
+    PANEL = PARTS * LANES,
+    TILE = 6,             /* tokens that meet them at once: 24 sums stay in registers */
+    BLOCK = 192,          /* tokens of a prompt that go through the network at once: bounds memory and cache */
+    FEW = 8,              /* up to so many tokens a step's product is faster: it unpacks into registers */
+    SPAN = 128,           /* most columns that share a scale of activations */
+    SPINS = 2000,         /* looks at a barrier before a thread gives its core away */
+    LINE = 64
+};
+
+#define INLINE static inline __attribute__((always_inline))
+
+typedef float floats __attribute__((vector_size(64)));
+typedef int32_t ints __attribute__((vector_size(64)));
+
+/* How a matrix's codes lie: a byte each with zero at 128, two in a byte with zero at 8, low one first, or signed. */
+enum kind { BYTES, NIBBLES, SIGNED };
+
+/* (rows, columns): code - zero, times scales[row, column / group]. `span` columns share a scale of activations. */
+typedef struct {
+    const uint8_t *codes;
+    const float *scales;
+    int64_t rows, columns, group, span, kind;
+} matrix;
+
+typedef struct {
+    matrix qkv, o, gate_up, down;
+    const float *input_norm, *q_norm, *k_norm, *post_norm;
+} layer;
+
+typedef struct {
+    int64_t layers, hidden, heads, kv_heads, head_dim, ffn;
+    const layer *layer;
+    const float *norm;
+    matrix head;
+    double eps;
+} network;
+
+#if defined(__F16C__) || defined(__AVX512F__) || defined(__ARM_FP16_FORMAT_IEEE)
+#define HALF 1
+typedef uint16_t stored;
+#else
+#define HALF 0
+typedef float stored;
+#endif
+
+/* keys[layer, row, kv head, position / 16, head_dim, 16], so that scores need no sums across lanes, and
+   values[layer, row, kv head, position, head_dim]. Cosines and sines are (capacity, head_dim / 2). */
+typedef struct {
+    stored *keys, *values;
+    const float *cosines, *sines;
+    int64_t rows, capacity;
+} cache;
+
+/* Tokens, the row and the position of each in ascending order within a row, and those whose logits are wanted. */
+typedef struct {
+    const float *embeddings;
+    const int32_t *rows, *positions, *wanted;
+    float *logits;
+    int64_t tokens, outputs;
+} request;
+
+/* int16 codes (columns / span, tokens, span) and float scales (columns / span, tokens). */
+typedef struct {
+    int16_t *codes;
+    float *scales;
+    int64_t tokens;
+} quantised;
+
+/* What the threads of one call share. `own` and `seen` floats belong to each of them. */
+typedef struct {
+    const network *net;
+    const cache *kv;
+    const request *asked;
+    int64_t threads, own;
+    float *x, *wide, *attended, *scratch;
+    quantised q;
+    atomic_int go, arrived, phase;
+    atomic_llong cursor;
+} team;
+
+/* --- threads ------------------------------------------------------------------------------------------------------ */
+
+INLINE void relax(int spins) {
+    if (spins > SPINS) sched_yield();
+#if defined(__x86_64__)
+    else _mm_pause();
+#endif
+}
+
+/* All threads wait for each other; the items are counted from 0 again. */
+static void meet(team *team) {
+    int phase = atomic_load_explicit(&team->phase, memory_order_relaxed);
+    if (atomic_fetch_add(&team->arrived, 1) + 1 == team->threads) {
+        atomic_store_explicit(&team->arrived, 0, memory_order_relaxed);
+        atomic_store_explicit(&team->cursor, 0, memory_order_relaxed);
+        atomic_store_explicit(&team->phase, phase + 1, memory_order_release);
+        return;
+    }
+    for (int spins = 0; atomic_load_explicit(&team->phase, memory_order_acquire) == phase; ++spins) relax(spins);
+}
+
+/* Takes some of `items`, fewer the fewer are left, so that no thread waits long for the last; 0 where none are left. */
+static int64_t take(team *team, int64_t items, int64_t *first) {
+    long long found = atomic_load_explicit(&team->cursor, memory_order_relaxed), count;
+    do {
+        if (found >= items) return 0;
+        count = (items - found) / (4 * team->threads);
+        count = count < 1 ? 1 : count;
+    } while (!atomic_compare_exchange_weak_explicit(&team->cursor, &found, found + count, memory_order_relaxed,
+                                                    memory_order_relaxed));
+    *first = found;
+    return count;
+}
+
+/* --- vectors ------------------------------------------------------------------------------------------------------ */
+
+INLINE floats load(const float *from) {
+    floats v;
+    memcpy(&v, from, sizeof v);
+    return v;
+}
+
+INLINE void store(float *to, floats v) { memcpy(to, &v, sizeof v); }
+
+INLINE floats all(float x) { return x - (floats){0}; }
+
+INLINE float sum(floats v) {
+    float parts[LANES];
+    store(parts, v);
+    for (int step = LANES / 2; step; step /= 2)
+        for (int lane = 0; lane < step; ++lane) parts[lane] += parts[lane + step];
+    return parts[0];
+}
+
+/* The nearest whole numbers, for |v| < 2^22: the sum's last bits are they. */
+INLINE ints nearest(floats v) { return (ints)(v + 12582912.0f) - 0x4B400000; }
+
+INLINE floats choose(ints which, floats a, floats b) { return (floats)(((ints)a & which) | ((ints)b & ~which)); }
+
+/* e^v for v between -87 and 88, or there; NaN stays NaN. v = n ln 2 + r, and e^r by its series to the 7th power. */
+INLINE floats exponential(floats v) {
+    v = choose(v < -87.0f, all(-87.0f), choose(v > 88.0f, all(88.0f), v));
+    floats rounded = v * 1.44269504f + 12582912.0f;
+    floats n = rounded - 12582912.0f, r = v - n * 0.693359375f + n * 2.12194440e-4f, y = all(1.0f / 5040);
+    y = y * r + 1.0f / 720;
+    y = y * r + 1.0f / 120;
+    y = y * r + 1.0f / 24;
+    y = y * r + 1.0f / 6;
+    y = y * r + 0.5f;
+    y = y * r + 1.0f;
+    y = y * r + 1.0f;
+    return y * (floats)(((ints)rounded - 0x4B400000 + 127) << 23);
+}
+
+INLINE floats load_stored(const stored *from) {
+#if !HALF
+    return load(from);
+#elif defined(__AVX512F__)
+    return (floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)from));
+#elif defined(__F16C__)
+    __m256 halves[2] = {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)from)),
+                        _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(from + 8)))};
+    floats v;
+    memcpy(&v, halves, sizeof v);
+    return v;
+#else
+    floats v;
+    for (int lane = 0; lane < LANES; ++lane) v[lane] = (float)((const __fp16 *)from)[lane];
+    return v;
+#endif
+}
+
+INLINE void store_stored(stored *to, floats v) {
+#if !HALF
+    store(to, v);
+#elif defined(__AVX512F__)
+    _mm256_storeu_si256((__m256i *)to, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+    __m256 halves[2];
+    memcpy(halves, &v, sizeof v);
+    for (int half = 0; half < 2; ++half)
+        _mm_storeu_si128((__m128i *)(to + 8 * half), _mm256_cvtps_ph(halves[half], _MM_FROUND_TO_NEAREST_INT));
+#else
+    for (int lane = 0; lane < LANES; ++lane) ((__fp16 *)to)[lane] = (__fp16)v[lane];
+#endif
+}
+
+/* --- activations -------------------------------------------------------------------------------------------------- */
+
+/* x / sqrt(mean(x^2) + eps) * weight. */
+static void rms_norm(float *to, const float *x, const float *weight, int64_t size, double eps) {
+    floats squares = {0};
+    for (int64_t i = 0; i < size; i += LANES) squares += load(x + i) * load(x + i);
+    float scale = 1.0f / __builtin_sqrtf(sum(squares) / (float)size + (float)eps);
+    for (int64_t i = 0; i < size; i += LANES) store(to + i, load(x + i) * scale * load(weight + i));
+}
+
+/* The largest |x|, or NaN or infinity where there is one: as whole numbers they are larger than all others. */
+static float largest(const float *x, int64_t size) {
+    ints top = {0};
+    for (int64_t i = 0; i < size; i += LANES) {
+        ints bits = (ints)load(x + i) & 0x7FFFFFFF;
+        top = (bits & (bits > top)) | (top & ~(bits > top));
+    }
+    int32_t found = 0;
+    for (int lane = 0; lane < LANES; ++lane) found = top[lane] > found ? top[lane] : found;
+    float number;
+    memcpy(&number, &found, sizeof number);
+    return number;
+}
+
+/* Where the code of a column stands in a group: nibbles of 32 bytes come out as 32 low ones, then 32 high ones. */
+INLINE int64_t place(int64_t column, int64_t span, int64_t kind) {
+    if (kind != NIBBLES) return column;
+    int64_t half = span < 2 * CODES ? span / 2 : CODES;
+    return column / (2 * half) * (2 * half) + column % 2 * half + column % (2 * half) / 2;
+}
+
+/* One token's numbers as codes of 16 bits for the columns of `m`. NaN goes into the scale. */
+static void quantise(const quantised *q, int64_t token, const float *x, const matrix *m) {
+    for (int64_t g = 0; g < m->columns / m->span; ++g, x += m->span) {
+        int16_t *codes = q->codes + (g * q->tokens + token) * m->span;
+        float top = largest(x, m->span), inverse = top > 1e-30f ? 32767.0f / top : 0.0f;
+        q->scales[g * q->tokens + token] = top / 32767.0f;
+        for (int64_t i = 0; i < m->span; i += LANES) {
+            ints whole = nearest(load(x + i) * inverse);
+            for (int lane = 0; lane < LANES; ++lane) codes[place(i + lane, m->span, m->kind)] = (int16_t)whole[lane];
+        }
+    }
+}
+
+/* --- products ----------------------------------------------------------------------------------------------------- */
+
+INLINE int64_t clamp(int64_t index, int64_t last) { return index < last ? index : last; }
+
+INLINE int64_t bytes(const matrix *m, int64_t columns) { return m->kind == NIBBLES ? columns / 2 : columns; }
+
+INLINE const uint8_t *row_codes(const matrix *m, int64_t row) {
+    return m->codes + clamp(row, m->rows - 1) * bytes(m, m->columns);
+}
+
+INLINE float row_scale(const matrix *m, int64_t row, int64_t column) {
+    return m->scales[clamp(row, m->rows - 1) * (m->columns / m->group) + column / m->group];
+}
+
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+
+/* sum + the products of pairs of int16. Written out, because GCC 12 copies every sum of the intrinsic and spills some. */
+INLINE __m512i add_products(__m512i sum, __m512i a, __m512i b) {
+    __asm__("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+    return sum;
+}
+
+/* The index-th 32 codes of a group, minus their zero, in the order of `place`. */
+INLINE __m512i widen(const uint8_t *group, int64_t index, int64_t span, enum kind kind) {
+    if (kind != NIBBLES) {
+        __m256i codes = _mm256_loadu_si256((const __m256i *)(group + CODES * index));
+        if (kind == SIGNED) return _mm512_cvtepi8_epi16(codes);
+        return _mm512_sub_epi16(_mm512_cvtepu8_epi16(codes), _mm512_set1_epi16(128));
+    }
+    __m512i found, low = _mm512_set1_epi16(15);
+    if (span < 2 * CODES) {
+        __m256i pairs = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)group));
+        found = _mm512_inserti64x4(_mm512_castsi256_si512(pairs), _mm256_srli_epi16(pairs, 4), 1);
+        found = _mm512_and_si512(found, low);
+    } else {
+        __m512i pairs = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(group + CODES * (index / 2))));
+        found = index % 2 ? _mm512_srli_epi16(pairs, 4) : _mm512_and_si512(pairs, low);
+    }
+    return _mm512_sub_epi16(found, _mm512_set1_epi16(8));
+}
+
+/* The sum of each of 16 vectors, in its lane. */
+INLINE __m512i sums(const __m512i *v) {
+    __m512i a[8], b[4], c[2];
+    for (int i = 0; i < 8; ++i)
+        a[i] = _mm512_add_epi32(_mm512_unpacklo_epi32(v[2 * i], v[2 * i + 1]),
+                                _mm512_unpackhi_epi32(v[2 * i], v[2 * i + 1]));
+    for (int i = 0; i < 4; ++i)
+        b[i] = _mm512_add_epi32(_mm512_unpacklo_epi64(a[2 * i], a[2 * i + 1]),
+                                _mm512_unpackhi_epi64(a[2 * i], a[2 * i + 1]));
+    for (int i = 0; i < 2; ++i)
+        c[i] = _mm512_add_epi32(_mm512_shuffle_i32x4(b[2 * i], b[2 * i + 1], 0x88),
+                                _mm512_shuffle_i32x4(b[2 * i], b[2 * i + 1], 0xDD));
+    return _mm512_add_epi32(_mm512_shuffle_i32x4(c[0], c[1], 0x88), _mm512_shuffle_i32x4(c[0], c[1], 0xDD));
+}
+
+/* 16 vectors of 16 numbers, turned on their side; every `step`-th of `to`. */
+INLINE void turn(__m512i *to, int step, const __m512i *v) {
+    __m512i a[16], b[16];
+    for (int i = 0; i < 8; ++i) {
+        a[2 * i] = _mm512_unpacklo_epi32(v[2 * i], v[2 * i + 1]);
+        a[2 * i + 1] = _mm512_unpackhi_epi32(v[2 * i], v[2 * i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4)
+        for (int half = 0; half < 2; ++half) {
+            b[i + 2 * half] = _mm512_unpacklo_epi64(a[i + half], a[i + 2 + half]);
+            b[i + 2 * half + 1] = _mm512_unpackhi_epi64(a[i + half], a[i + 2 + half]);
+        }
+    for (int i = 0; i < 4; ++i) {
+        __m512i front[2] = {_mm512_shuffle_i32x4(b[i], b[4 + i], 0x44), _mm512_shuffle_i32x4(b[i], b[4 + i], 0xEE)};
+        __m512i back[2] = {_mm512_shuffle_i32x4(b[8 + i], b[12 + i], 0x44),
+                           _mm512_shuffle_i32x4(b[8 + i], b[12 + i], 0xEE)};
+        for (int half = 0; half < 2; ++half) {
+            to[step * (8 * half + i)] = _mm512_shuffle_i32x4(front[half], back[half], 0x88);
+            to[step * (8 * half + 4 + i)] = _mm512_shuffle_i32x4(front[half], back[half], 0xDD);
+        }
+    }
+}
+
+INLINE floats scales_of(const matrix *m, int64_t row, int64_t column) {
+    floats found;
+    for (int lane = 0; lane < LANES; ++lane) found[lane] = row_scale(m, row + lane, column);
+    return found;
+}
+
+/* Sixteen rows times `count` tokens, rows read as they lie: for steps, which wait for memory. */
+INLINE void few_tokens(const matrix *m, int64_t row, const quantised *q, int64_t token, int count, int64_t span,
+                       enum kind kind, floats *out) {
+    enum { GROUPS = 8 };
+    __m512i slots[GROUPS][LANES];
+    const int at_once = GROUPS / count;
+    const int64_t groups = m->columns / span, size = bytes(m, span), ahead = 4 * bytes(m, m->columns);
+    for (int t = 0; t < count; ++t) out[t] = (floats){0};
+    for (int64_t first = 0; first < groups; first += at_once) {
+        int64_t some = groups - first < at_once ? groups - first : at_once;
+        for (int lane = 0; lane < LANES; ++lane) {
+            const uint8_t *codes = row_codes(m, row + lane) + first * size;
+            for (int64_t g = 0; g < some; ++g, codes += size) {
+                __m512i sum[4] = {0};
+                for (int64_t byte = 0; byte < size; byte += LINE) __builtin_prefetch(codes + ahead + byte);
+                for (int64_t i = 0; i < span / CODES; ++i) {
+                    __m512i weight = widen(codes, i, span, kind);
+                    for (int t = 0; t < count; ++t) {
+                        const int16_t *x = q->codes + ((first + g) * q->tokens + token + t) * span + CODES * i;
+                        sum[t] = _mm512_dpwssd_epi32(sum[t], weight, _mm512_loadu_si512(x));
+                    }
+                }
+                for (int t = 0; t < count; ++t) slots[g * count + t][lane] = sum[t];
+            }
+        }
+        for (int64_t g = 0; g < some; ++g) {
+            floats scale = scales_of(m, row, (first + g) * span);
+            for (int t = 0; t < count; ++t) {
+                floats total = (floats)_mm512_cvtepi32_ps(sums(slots[g * count + t]));
+                out[t] += total * (scale * q->scales[(first + g) * q->tokens + token + t]);
+            }
+        }
+    }
+}
+
+INLINE void few(const matrix *m, int64_t row, const quantised *q, int64_t token, int count, floats *out) {
+#define CASE(kind_)                                                                             \
+    case kind_:                                                                                 \
+        if (m->span == SPAN) few_tokens(m, row, q, token, count, SPAN, kind_, out);             \
+        else few_tokens(m, row, q, token, count, m->span, kind_, out);                          \
+        break;
+    switch ((enum kind)m->kind) { CASE(BYTES) CASE(NIBBLES) CASE(SIGNED) }
+#undef CASE
+}
+
+/* PANEL rows of one group as pairs of codes, a row in every lane. */
+INLINE void pack(__m512i *packed, const matrix *m, int64_t row, int64_t first, int64_t span, enum kind kind) {
+    for (int64_t i = 0; i < span / CODES; ++i)
+        for (int part = 0; part < PARTS; ++part) {
+            __m512i wide[LANES];
+            for (int lane = 0; lane < LANES; ++lane)
+                wide[lane] = widen(row_codes(m, row + part * LANES + lane) + bytes(m, first), i, span, kind);
+            turn(packed + PARTS * LANES * i + part, PARTS, wide);
+        }
+}
+
+INLINE void many_tokens(floats (*out)[PARTS], const __m512i *packed, const floats *scale, const quantised *q,
+                        int64_t token, int64_t g, int64_t span) {
+    __m512i total[TILE][PARTS];
+    const int32_t *x[TILE];
+    for (int t = 0; t < TILE; ++t) {
+        for (int part = 0; part < PARTS; ++part) total[t][part] = _mm512_setzero_si512();
+        x[t] = (const int32_t *)(q->codes + (g * q->tokens + clamp(token + t, q->tokens - 1)) * span);
+    }
+    for (int64_t pair = 0; pair < span / 2; ++pair, packed += PARTS)
+        for (int t = 0; t < TILE; ++t) {
+            __m512i both = _mm512_set1_epi32(x[t][pair]);
+            for (int part = 0; part < PARTS; ++part) total[t][part] = add_products(total[t][part], packed[part], both);
+        }
+    for (int t = 0; t < TILE; ++t) {
+        float x_scale = q->scales[g * q->tokens + clamp(token + t, q->tokens - 1)];
+        for (int part = 0; part < PARTS; ++part)
+            out[token + t][part] += (floats)_mm512_cvtepi32_ps(total[t][part]) * (scale[part] * x_scale);
+    }
+}
+
+/* PANEL rows times all tokens, rounded up to whole tiles. */
+static void many(const matrix *m, int64_t row, const quantised *q, int64_t tokens, floats (*out)[PARTS]) {
+    __m512i packed[SPAN / 2 * PARTS];
+    const int64_t groups = m->columns / m->span;
+    memset(out, 0, (size_t)((tokens + TILE - 1) / TILE * TILE) * sizeof *out);
+    for (int64_t g = 0; g < groups; ++g) {
+        int64_t first = g * m->span;
+        floats scale[PARTS];
+        for (int part = 0; part < PARTS; ++part) scale[part] = scales_of(m, row + part * LANES, first);
+        if (m->kind == BYTES) pack(packed, m, row, first, m->span, BYTES);
+        else if (m->kind == SIGNED) pack(packed, m, row, first, m->span, SIGNED);
+        else pack(packed, m, row, first, m->span, NIBBLES);
+        for (int64_t token = 0; token < tokens; token += TILE)
+            many_tokens(out, packed, scale, q, token, g, m->span);
+    }
+}
+
+#else
+
+/* One group of a row as int16, in the order of `place`. */
+static void widen(int16_t *to, const uint8_t *codes, const matrix *m) {
+    for (int64_t i = 0; i < m->span; ++i)
+        if (m->kind == NIBBLES) to[place(i, m->span, NIBBLES)] = (int16_t)((codes[i / 2] >> (i % 2 * 4) & 15) - 8);
+        else to[i] = (int16_t)(m->kind == SIGNED ? (int8_t)codes[i] : codes[i] - 128);
+}
+
+/* `count` rows times `tokens` tokens: out[token * PANEL + row]. */
+static void plain(const matrix *m, int64_t row, int64_t count, const quantised *q, int64_t tokens, float *out) {
+    const int64_t groups = m->columns / m->span;
+    int16_t wide[SPAN];
+    for (int64_t t = 0; t < tokens; ++t) memset(out + t * PANEL, 0, PANEL * sizeof *out);
+    for (int64_t r = 0; r < count; ++r)
+        for (int64_t g = 0; g < groups; ++g) {
+            float scale = row_scale(m, row + r, g * m->span);
+            widen(wide, row_codes(m, row + r) + g * bytes(m, m->span), m);
+            for (int64_t t = 0; t < tokens; ++t) {
+                const int16_t *x = q->codes + (g * q->tokens + t) * m->span;
+                int32_t total = 0;
+                for (int64_t i = 0; i < m->span; ++i) total += (int32_t)wide[i] * x[i];
+                out[t * PANEL + r] += (float)total * (scale * q->scales[g * q->tokens + t]);
+            }
+        }
+}
+
+#endif
+
+/* to[token, row] = or += what `from[token]` holds of `count` rows. */
+static void put(float *to, const float *from, int64_t count, int add) {
+    for (int64_t r = 0; r < count; ++r) to[r] = add ? to[r] + from[r] : from[r];
+}
+
+/* Some panels of to (tokens, rows) = x W^T, or += with `add`. */
+static void panels(const matrix *m, int64_t first, int64_t last, const quantised *q, int64_t tokens, float *to,
+                   int add) {
+    floats out[BLOCK + TILE][PARTS];
+    for (int64_t row = first; row < last; row += PANEL) {
+        int64_t count = m->rows - row < PANEL ? m->rows - row : PANEL;
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+        if (tokens > FEW) many(m, row, q, tokens, out);
+        else
+            for (int part = 0; part * LANES < count; ++part)
+                for (int64_t t = 0; t < tokens;) {
+                    floats some[4];
+                    int64_t left = tokens - t, now = left >= 4 ? 4 : left >= 2 ? 2 : 1;
+                    if (now == 4) few(m, row + part * LANES, q, t, 4, some);
+                    else if (now == 2) few(m, row + part * LANES, q, t, 2, some);
+                    else few(m, row + part * LANES, q, t, 1, some);
+                    for (int64_t i = 0; i < now; ++i) out[t++][part] = some[i];
+                }
+#else
+        plain(m, row, count, q, tokens, (float *)out);
+#endif
+        for (int64_t t = 0; t < tokens; ++t) put(to + t * m->rows + row, (const float *)out[t], count, add);
+    }
+}
+
+static void product(team *team, const matrix *m, const quantised *q, float *to, int add) {
+    int64_t items = (m->rows + PANEL - 1) / PANEL, first, count;
+    while ((count = take(team, items, &first)))
+        panels(m, first * PANEL, clamp((first + count) * PANEL, m->rows), q, q->tokens, to, add);
+    meet(team);
+}
+
+/* --- attention ---------------------------------------------------------------------------------------------------- */
+
+/* Where the keys, or the values, of one head of a row begin. */
+INLINE stored *head_of(const team *team, stored *all_heads, int64_t index, int64_t row, int64_t head) {
+    const cache *kv = team->kv;
+    const network *net = team->net;
+    return all_heads + ((index * kv->rows + row) * net->kv_heads + head) * kv->capacity * net->head_dim;
+}
+
+/* Norm and RoPE of one head in place: pairs are half a head apart. */
+static void rotate(const team *team, float *head, const float *weight, int64_t position, float scale) {
+    const int64_t half = team->net->head_dim / 2;
+    const float *cosines = team->kv->cosines + position * half, *sines = team->kv->sines + position * half;
+    rms_norm(head, head, weight, 2 * half, team->net->eps);
+    for (int64_t i = 0; i < half; ++i) {
+        float a = head[i] * scale, b = head[i + half] * scale;
+        head[i] = a * cosines[i] - b * sines[i];
+        head[i + half] = b * cosines[i] + a * sines[i];
+    }
+}
+
+/* Queries made ready in place, keys and values into the cache. */
+static void write_token(const team *team, int64_t index, float *qkv, int64_t row, int64_t position) {
+    const network *net = team->net;
+    const layer *layer = net->layer + index;
+    const int64_t dim = net->head_dim;
+    float *k = qkv + net->heads * dim, *v = k + net->kv_heads * dim;
+    for (int64_t head = 0; head < net->heads; ++head)
+        rotate(team, qkv + head * dim, layer->q_norm, position, 1.0f / __builtin_sqrtf((float)dim));
+    for (int64_t head = 0; head < net->kv_heads; ++head, k += dim, v += dim) {
+        stored *keys = head_of(team, team->kv->keys, index, row, head) + position / LANES * dim * LANES;
+        stored *values = head_of(team, team->kv->values, index, row, head) + position * dim, some[LANES];
+        rotate(team, k, layer->k_norm, position, 1.0f);
+        for (int64_t i = 0; i < dim; i += LANES) {
+            store_stored(values + i, load(v + i));
+            store_stored(some, load(k + i));
+            for (int lane = 0; lane < LANES; ++lane) keys[(i + lane) * LANES + position % LANES] = some[lane];
+        }
+    }
+}
+
+/* scores[query, position] = e^(q k - the largest), for two queries; returns the sums of both. */
+static void weigh(float *scores, float total[2], const float *q, int64_t step, const stored *keys, int64_t seen,
+                  int64_t dim, int64_t room) {
+    floats top[2] = {all(-__builtin_inff()), all(-__builtin_inff())};
+    for (int64_t first = 0; first < seen; first += LANES, keys += dim * LANES) {
+        floats sums_[2][4] = {{{0}}};
+        for (int64_t i = 0; i < dim; i += 4)
+            for (int part = 0; part < 4; ++part) {
+                floats key = load_stored(keys + (i + part) * LANES);
+                for (int n = 0; n < 2; ++n) sums_[n][part] += key * q[n * step + i + part];
+            }
+        for (int n = 0; n < 2; ++n) {
+            floats score = (sums_[n][0] + sums_[n][1]) + (sums_[n][2] + sums_[n][3]);
+            for (int64_t lane = seen - first; lane < LANES; ++lane) score[lane] = -__builtin_inff();
+            store(scores + n * room + first, score);
+            top[n] = choose(score > top[n], score, top[n]);
+        }
+    }
+    for (int n = 0; n < 2; ++n) {
+        floats sums_ = {0};
+        float highest = top[n][0];
+        for (int lane = 1; lane < LANES; ++lane) highest = top[n][lane] > highest ? top[n][lane] : highest;
+        for (int64_t first = 0; first < seen; first += LANES) {
+            floats weight = exponential(load(scores + n * room + first) - highest);
+            for (int64_t lane = seen - first; lane < LANES; ++lane) weight[lane] = 0;
+            store(scores + n * room + first, weight);
+            sums_ += weight;
+        }
+        total[n] = sum(sums_);
+    }
+}
+
+/* to[query] = the mean of the values by these weights, `wide` vectors of a head at a time. */
+INLINE void mix(float *to, int64_t step, const float *scores, const float total[2], const stored *values, int64_t seen,
+                int64_t dim, int64_t room, const int wide) {
+    for (int64_t i = 0; i < dim; i += wide * LANES) {
+        floats mean[2][4] = {{{0}}};
+        for (int64_t position = 0; position < seen; ++position)
+            for (int part = 0; part < wide; ++part) {
+                floats value = load_stored(values + position * dim + i + part * LANES);
+                for (int n = 0; n < 2; ++n) mean[n][part] += value * scores[n * room + position];
+            }
+        for (int n = 0; n < 2; ++n)
+            for (int part = 0; part < wide; ++part) store(to + n * step + i + part * LANES, mean[n][part] / total[n]);
+    }
+}
+
+/* All query heads of one key head, two at a time; an odd one is done twice. */
+static void attend(team *team, int64_t thread, int64_t index, float *to, const float *qkv, int64_t token,
+                   int64_t kv_head) {
+    const network *net = team->net;
+    const int64_t dim = net->head_dim, group = net->heads / net->kv_heads, row = team->asked->rows[token];
+    const int64_t seen = team->asked->positions[token] + 1, room = team->kv->capacity;
+    const stored *keys = head_of(team, team->kv->keys, index, row, kv_head);
+    const stored *values = head_of(team, team->kv->values, index, row, kv_head);
+    float *scores = team->scratch + thread * team->own, total[2];
+    for (int64_t n = 0; n < group; n += 2) {
+        int64_t head = (kv_head * group + n) * dim, step = n + 1 < group ? dim : 0;
+        weigh(scores, total, qkv + head, step, keys, seen, dim, room);
+        if (dim % (4 * LANES) == 0) mix(to + head, step, scores, total, values, seen, dim, room, 4);
+        else mix(to + head, step, scores, total, values, seen, dim, room, 1);
+    }
+}
+
+/* --- the network -------------------------------------------------------------------------------------------------- */
+
+/* Norm of x (tokens, columns), as codes for `m`. */
+static void normalise(team *team, int64_t thread, const float *weight, const matrix *m, const quantised *q) {
+    float *normed = team->scratch + thread * team->own;
+    int64_t first, count;
+    while ((count = take(team, q->tokens, &first)))
+        for (int64_t t = first; t < first + count; ++t) {
+            rms_norm(normed, team->x + t * m->columns, weight, m->columns, team->net->eps);
+            quantise(q, t, normed, m);
+        }
+    meet(team);
+}
+
+static void attention(team *team, int64_t thread, int64_t index, int64_t begin, const int32_t *wanted,
+                      int64_t tokens) {
+    const network *net = team->net;
+    const int64_t width = (net->heads + 2 * net->kv_heads) * net->head_dim;
+    int64_t first, count;
+    while ((count = take(team, tokens * net->kv_heads, &first)))
+        for (int64_t item = first; item < first + count; ++item) {
+            int64_t n = item % tokens, t = wanted ? wanted[n] - begin : n;
+            attend(team, thread, index, team->attended + n * net->heads * net->head_dim, team->wide + t * width,
+                   begin + t, item / tokens);
+        }
+    meet(team);
+}
+
+/* SwiGLU: silu(gate) * up over the gate's place, as codes for `down`. */
+static void gate(team *team, const matrix *down, const quantised *q) {
+    int64_t first, count, size = down->columns;
+    while ((count = take(team, q->tokens, &first)))
+        for (int64_t t = first; t < first + count; ++t) {
+            float *x = team->wide + t * 2 * size;
+            for (int64_t i = 0; i < size; i += LANES) {
+                floats v = load(x + i);
+                store(x + i, v / (1.0f + exponential(-v)) * load(x + size + i));
+            }
+            quantise(q, t, x, down);
+        }
+    meet(team);
+}
+
+static void after_attention(team *team, int64_t thread, const layer *layer, const quantised *q) {
+    int64_t first, count;
+    while ((count = take(team, q->tokens, &first)))
+        for (int64_t t = first; t < first + count; ++t)
+            quantise(q, t, team->attended + t * layer->o.columns, &layer->o);
+    meet(team);
+    product(team, &layer->o, q, team->x, 1);
+    normalise(team, thread, layer->post_norm, &layer->gate_up, q);
+    product(team, &layer->gate_up, q, team->wide, 0);
+    gate(team, &layer->down, q);
+    product(team, &layer->down, q, team->x, 1);
+}
+
+/* `tokens` tokens from `begin` on through all layers. Behind the last attention only those go on that are wanted. */
+static void block(team *team, int64_t thread, int64_t begin, int64_t tokens, const int32_t *wanted, int64_t outputs,
+                  float *logits) {
+    const network *net = team->net;
+    const request *asked = team->asked;
+    quantised q = {team->q.codes, team->q.scales, tokens};
+    int64_t first, count;
+    if (thread == 0) memcpy(team->x, asked->embeddings + begin * net->hidden, sizeof(float) * tokens * net->hidden);
+    meet(team);
+    for (int64_t index = 0; index < net->layers; ++index) {
+        const layer *layer = net->layer + index;
+        const int last = index == net->layers - 1;
+        normalise(team, thread, layer->input_norm, &layer->qkv, &q);
+        product(team, &layer->qkv, &q, team->wide, 0);
+        while ((count = take(team, tokens, &first)))
+            for (int64_t t = first; t < first + count; ++t)
+                write_token(team, index, team->wide + t * layer->qkv.rows, asked->rows[begin + t],
+                            asked->positions[begin + t]);
+        meet(team);
+        if (last && outputs == 0) return;
+        if (last && thread == 0)
+            for (int64_t n = 0; n < outputs; ++n)
+                memmove(team->x + n * net->hidden, team->x + (wanted[n] - begin) * net->hidden,
+                        sizeof(float) * net->hidden);
+        if (last) q.tokens = outputs;
+        attention(team, thread, index, begin, last ? wanted : NULL, q.tokens);
+        after_attention(team, thread, layer, &q);
+    }
+    normalise(team, thread, net->norm, &net->head, &q);
+    product(team, &net->head, &q, logits, 0);
+}
+
+static void run(team *team, int64_t thread) {
+    const request *asked = team->asked;
+    const int64_t blocks = (asked->tokens + BLOCK - 1) / BLOCK;
+    int64_t done = 0;
+    for (int64_t n = 0; n < blocks; ++n) {
+        int64_t begin = asked->tokens * n / blocks, end = asked->tokens * (n + 1) / blocks, outputs = 0;
+        while (done + outputs < asked->outputs && asked->wanted[done + outputs] < end) ++outputs;
+        block(team, thread, begin, end - begin, asked->wanted + done, outputs, asked->logits + done * team->net->head.rows);
+        done += outputs;
+    }
+}
+
+typedef struct {
+    team *team;
+    int64_t thread;
+    pthread_t handle;
+} helper;
+
+static void *help(void *argument) {
+    helper *helper = argument;
+    for (int spins = 0; !atomic_load_explicit(&helper->team->go, memory_order_acquire); ++spins) relax(spins);
+    run(helper->team, helper->thread);
+    return NULL;
+}
+
+INLINE int64_t greater(int64_t a, int64_t b) { return a > b ? a : b; }
+
+/* Gives the team its memory out of one piece, if there is one; returns how many bytes it takes. */
+static size_t lay_out(team *team, char *memory, int64_t tokens, int64_t threads) {
+    const network *net = team->net;
+    const int64_t queries = net->heads * net->head_dim, hidden = net->hidden;
+    const int64_t columns = greater(greater(hidden, queries), net->ffn);
+    const struct { void **to; int64_t size; } parts[] = {
+        {(void **)&team->x, tokens * hidden * 4},
+        {(void **)&team->wide, tokens * greater(queries + 2 * net->kv_heads * net->head_dim, 2 * net->ffn) * 4},
+        {(void **)&team->attended, tokens * queries * 4},
+        {(void **)&team->q.codes, tokens * columns * 2},
+        {(void **)&team->q.scales, tokens * columns / CODES * 4},
+        {(void **)&team->scratch, threads * team->own * 4},
+    };
+    size_t bytes = 0;
+    for (size_t i = 0; i < sizeof parts / sizeof *parts; ++i) {
+        *parts[i].to = memory ? memory + bytes : NULL;
+        bytes += (size_t)(parts[i].size + LINE - 1) / LINE * LINE;
+    }
+    return bytes;
+}
+
+/* Runs the tokens through the network on up to `threads` threads. Returns 0, or 1 where memory has run out. */
+int quasr_decode(const network *net, const cache *kv, const request *asked, int64_t threads) {
+    team team = {.net = net, .kv = kv, .asked = asked, .threads = 1};
+    team.own = greater(greater(net->hidden, 2 * kv->capacity), LINE);
+    const int64_t tokens = clamp(asked->tokens, BLOCK);
+    char *memory = aligned_alloc(LINE, lay_out(&team, NULL, tokens, threads));
+    helper *helpers = calloc((size_t)threads, sizeof *helpers);
+    const int failed = !memory || !helpers;
+    if (!failed) {
+        lay_out(&team, memory, tokens, threads);
+        for (int64_t n = 1; n < threads; ++n) {
+            helpers[n].team = &team;
+            helpers[n].thread = n;
+            if (pthread_create(&helpers[n].handle, NULL, help, helpers + n)) break;
+            team.threads = n + 1;
+        }
+        atomic_store_explicit(&team.go, 1, memory_order_release);
+        run(&team, 0);
+        for (int64_t n = 1; n < team.threads; ++n) pthread_join(helpers[n].handle, NULL);
+    }
+    free(helpers);
+    free(memory);
+    return failed;
+}
+
+/* Bytes of a number of the cache: 2 where the processor turns halves into floats, else 4. */
+int quasr_stored_bytes(void) { return (int)sizeof(stored); }
