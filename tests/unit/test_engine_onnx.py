@@ -16,6 +16,7 @@ from quant_samples import CONFIG, checkpoint
 from quasr.engine import onnx_decoder, onnx_engine
 from quasr.engine.base import ClipRequest, Ticket
 from quasr.engine.device import Placement
+from quasr.engine.onnx_decoder import OnnxNetwork
 from quasr.engine.onnx_engine import OnnxEngine
 from quasr.engine.onnx_session import choose_runtime
 from quasr.engine.torch_engine import TorchEngine
@@ -141,7 +142,12 @@ def test_info_stats_and_close(graphs: Path) -> None:
     assert engine.run([]) == []
     info, stats = engine.info, engine.stats
     assert (info.name, info.device, info.dtype, info.scheme) == ("onnx", "cpu", "fp32", "none")
-    assert info.reasons == ("a test", "the provider cpu was asked for", "threads were asked for: 1")
+    assert info.reasons == (
+        "a test",
+        "the provider cpu was asked for",
+        "threads were asked for: 1",
+        "the decoder is ONNX Runtime's: the folder's weights are fp32",
+    )
     assert info.weight_bytes == sum(path.stat().st_size for path in graphs.glob("*.data"))
     results = engine.run(REQUESTS[:2])
     assert stats.tokens == sum(len(result.tokens) for result in results)
@@ -216,11 +222,12 @@ def test_memory_that_runs_out_gives_advice_and_the_engine_lives(
     graphs: Path, free: list[ClipResult], error: Exception
 ) -> None:
     engine = OnnxEngine(graphs, (), ONE)
-    session = engine._session
-    engine._session = Failing(session, error)
+    network = engine._network
+    assert isinstance(network, OnnxNetwork)
+    engine._network = replace(network, session=Failing(network.session, error))
     with pytest.raises(ResourceError, match="out of memory on cpu with 2 clips of up to 4 s"):
         engine.run(REQUESTS[:2])
-    engine._session = session
+    engine._network = network
     assert same(engine.run(REQUESTS[:1])[0], free[0])
 
 

@@ -114,8 +114,10 @@ def _lack(manifest: Manifest, config: TextConfig, runtime: Runtime) -> str | Non
     """Why C cannot run this folder, or None."""
     if runtime.provider != "cpu":
         return f"the provider {runtime.provider} was asked for"
-    if manifest.weights == "fp32" or manifest.activations != "int8":
-        return f"the folder has {manifest.weights} weights and {manifest.activations} activations"
+    if manifest.weights == "fp32":
+        return "the folder's weights are fp32"
+    if manifest.activations != "int8":
+        return f"the folder's activations are {manifest.activations}"
     if not manifest.decoder:
         return f"the folder does not say where its tensors lie: {AGAIN}"
     if config.head_dim % LANES:

@@ -90,10 +90,8 @@ class OnnxEngine(Reporting):
     ) -> None:
         manifest = read_manifest(folder)
         # The decoder first: while ONNX Runtime loads it, it takes twice its head, where the others fit in afterwards.
-        native, reason = open_native(folder, manifest, runtime)
-        self._network: Network | None = native or OnnxNetwork(
-            open_session(folder / "decoder.onnx", runtime), manifest.graph
-        )
+        network, reason = open_native(folder, manifest, runtime)
+        self._network: Network | None = network or _onnx_network(folder, manifest, runtime)
         stem, encoder = (open_session(folder / f"{name}.onnx", runtime) for name in ("stem", "encoder"))
         self._facts = manifest.graph
         self._audio: AudioGraphs | None = AudioGraphs(stem, encoder, manifest.graph)
@@ -101,7 +99,7 @@ class OnnxEngine(Reporting):
         self._table = TokenTable(folder, manifest.embedding)
         self._stop_ids = frozenset(stop_ids)
         self._stats = EngineStats()
-        self._info = _info(manifest, runtime, (*reasons, reason))
+        self._info = _info(manifest, runtime, (*reasons, *runtime.reasons, reason), in_c=network is not None)
         self._submitted = 0
         self._waiting: dict[Ticket, ClipRequest] = {}
         self._running: list[Running] = []
@@ -258,15 +256,16 @@ def _onnx_network(folder: Path, manifest: Manifest, runtime: Runtime) -> OnnxNet
     return OnnxNetwork(open_session(folder / "decoder.onnx", runtime), manifest.graph)
 
 
-def _info(manifest: Manifest, runtime: Runtime, reasons: tuple[str, ...]) -> EngineInfo:
+def _info(manifest: Manifest, runtime: Runtime, reasons: tuple[str, ...], *, in_c: bool) -> EngineInfo:
     quantised = manifest.weights != "fp32"
-    met = (f"{manifest.activations} activations where weights are {manifest.weights}",) if quantised else ()
+    but = ", 16-bit ones in the decoder" if in_c else ""
+    met = (f"{manifest.activations} activations where weights are {manifest.weights}{but}",) if quantised else ()
     return EngineInfo(
         name="onnx",
         device=runtime.device,
         dtype="fp32",
         weight_bytes=sum(file.size for name, file in manifest.files.items() if name.endswith(".data")),
-        reasons=(*reasons, *runtime.reasons, *met),
+        reasons=(*reasons, *met),
         scheme=_scheme(manifest) if quantised else "none",
     )
 

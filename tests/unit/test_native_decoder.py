@@ -1,0 +1,231 @@
+"""The decoder in C against the plain formula in float64, over awkward sizes, and what it does not depend on."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import subprocess
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from native_folder import Made, Sizes, make_folder, reference
+
+from quasr.engine.native_decoder import NativeDecoder, NativeNetwork, open_native
+from quasr.engine.onnx_session import Runtime
+from quasr.errors import CheckpointError, OptionError, QuasrError
+from quasr.native import library
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+CPU = Runtime("cpu", 2)
+
+TOLERANCE = 2e-3
+"""|found - truth| / |truth|: keys and values have 11 bits."""
+
+SIZES = {
+    "int8": Sizes(),
+    "int8-g64-one-query-head": Sizes(group=64, heads=(4, 4, 16)),
+    "int8-g32-three-query-heads": Sizes(group=32, hidden=96, heads=(6, 2, 16), ffn=160, vocab=33),
+    "int4": Sizes(bits=4, heads=(8, 2, 128)),
+    "int4-g64": Sizes(bits=4, group=64, head_group=64, heads=(4, 4, 64), ffn=192),
+    "int4-g32": Sizes(bits=4, group=32, head_group=32, hidden=160, heads=(3, 1, 32), ffn=96, vocab=70),
+    "int8-g256": Sizes(group=256, head_group=256, heads=(4, 2, 64), ffn=512),
+}
+
+
+@pytest.fixture(scope="module")
+def compiled() -> ctypes.CDLL:
+    try:
+        return library.load()
+    except QuasrError as error:
+        pytest.skip(f"the decoder in C cannot be built here: {error}")
+
+
+def prompts(sizes: Sizes, *lengths: int) -> list[NDArray[np.float32]]:
+    rng = np.random.default_rng(7)
+    return [rng.standard_normal((length, sizes.hidden)).astype(np.float32) for length in lengths]
+
+
+def decoder(compiled: ctypes.CDLL, made: Made, rows: int = 1, capacity: int = 40, threads: int = 2) -> NativeDecoder:
+    return NativeNetwork(compiled, made.folder, made.manifest, threads).cache(rows, capacity)
+
+
+def error(found: NDArray[np.float32], truth: NDArray[Any]) -> float:
+    return float(np.linalg.norm(found - truth) / np.linalg.norm(truth))
+
+
+def check_prompts_and_steps(compiled: ctypes.CDLL, made: Made) -> None:
+    """Ragged rows of 1, 3, 17 and 31 tokens, then a step of all."""
+    clips = prompts(made.sizes, 2, 4, 18, 32)
+    cache = decoder(compiled, made, rows=4, capacity=32)
+    truth = [reference(made, clip) for clip in clips]
+    for row, clip in enumerate(clips):
+        assert error(cache.prefill(row, clip[:-1])[0], truth[row][-2]) < TOLERANCE
+    stepped = cache.step(np.stack([clip[-1] for clip in clips]), [len(clip) - 1 for clip in clips])
+    assert error(stepped, np.stack([one[-1] for one in truth])) < TOLERANCE
+
+
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_prompts_and_steps_are_the_formula_s(compiled: ctypes.CDLL, sizes: Sizes, tmp_path: Path) -> None:
+    check_prompts_and_steps(compiled, make_folder(tmp_path, sizes))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", ["-mno-avx512vnni", "-mno-avx512f", "-mno-f16c -mno-avx"])
+def test_other_instructions_give_the_same(compiled: ctypes.CDLL, flags: str, tmp_path: Path) -> None:
+    """Without VNNI, without AVX-512, with neither vectors of 8 nor halves."""
+    compiler = library.find_compiler() or []
+    target = tmp_path / "other.so"
+    command = [*compiler, *library.FLAGS, *flags.split(), "-o", str(target), str(library.SOURCE)]
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip(f"this compiler has no {flags}")
+    other = ctypes.CDLL(str(target))
+    for name, sizes in SIZES.items():
+        check_prompts_and_steps(other, make_folder(tmp_path / name, sizes))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_clip_does_not_depend_on_its_neighbours_or_on_threads(
+    compiled: ctypes.CDLL, bits: int, tmp_path: Path
+) -> None:
+    """Bit for bit, although products of few and of many tokens are two functions."""
+    made = make_folder(tmp_path, Sizes(bits=bits))
+    lengths = [5, 31, 1, 16, 17, 2, 9, 30]
+    clips = prompts(made.sizes, *lengths)
+    many = decoder(compiled, made, rows=8, threads=3)
+    first = [many.prefill(row, clip).copy()[0] for row, clip in enumerate(clips)]
+    newest = np.stack(prompts(made.sizes, *[1] * 8))[:, 0]
+    together = [many.step(newest, np.add(lengths, step)).copy() for step in range(3)]
+    for row, clip in enumerate(clips):
+        alone = decoder(compiled, made, threads=1)
+        assert np.array_equal(alone.prefill(0, clip)[0], first[row])
+        for step in range(3):
+            assert np.array_equal(alone.step(newest[row : row + 1], [lengths[row] + step])[0], together[step][row])
+
+
+def test_a_long_prompt_in_blocks_is_one_token_after_the_other(compiled: ctypes.CDLL, tmp_path: Path) -> None:
+    made = make_folder(tmp_path, Sizes(layers=1, hidden=128, ffn=128))
+    (clip,) = prompts(made.sizes, 401)
+    whole, single = (decoder(compiled, made, capacity=401) for _ in range(2))
+    found = whole.prefill(0, clip)
+    for position, one in enumerate(clip):
+        last = single.step(one[None], [position])
+    assert np.array_equal(found, last)
+    assert error(found[0], reference(made, clip)[-1]) < TOLERANCE
+
+
+def test_a_moved_row_goes_on(compiled: ctypes.CDLL, tmp_path: Path) -> None:
+    made = make_folder(tmp_path, Sizes())
+    one, two = prompts(made.sizes, 17, 20)
+    cache, alone = decoder(compiled, made, rows=2), decoder(compiled, made)
+    for row, clip in enumerate((one, two)):
+        cache.prefill(row, clip)
+    alone.prefill(0, two)
+    cache.move(1, 0, len(two))
+    assert np.array_equal(cache.step(one[:1], [len(two)]), alone.step(one[:1], [len(two)]))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_not_finite_stays_so(compiled: ctypes.CDLL, tmp_path: Path, bad: float) -> None:
+    made = make_folder(tmp_path, Sizes())
+    (clip,) = prompts(made.sizes, 12)
+    clip[5, 77] = bad
+    assert np.isnan(decoder(compiled, made).prefill(0, clip)).all()
+
+
+def test_zeros_and_unfilled_memory_are_no_numbers_of_the_network(compiled: ctypes.CDLL, tmp_path: Path) -> None:
+    """A token of zeros has codes of 0 / 0; the cache is full of NaN."""
+    made = make_folder(tmp_path, Sizes())
+    (clip,) = prompts(made.sizes, 19)
+    clip[3:5] = 0
+    cache = decoder(compiled, made)
+    cache._data[...] = np.nan
+    assert error(cache.prefill(0, clip)[0], reference(made, clip)[-1]) < TOLERANCE
+
+
+def test_places_that_are_not_there_are_refused(compiled: ctypes.CDLL, tmp_path: Path) -> None:
+    made = make_folder(tmp_path, Sizes(layers=1))
+    cache = decoder(compiled, made, rows=2, capacity=10)
+    (clip,) = prompts(made.sizes, 11)
+    for row, tokens in ((0, clip), (2, clip[:3]), (-1, clip[:3]), (0, clip[:3, :5]), (0, clip[:0])):
+        with pytest.raises(ValueError):
+            cache.prefill(row, tokens)
+    for positions in ([10], [-1], [1, 2, 3]):
+        with pytest.raises(ValueError):
+            cache.step(clip[: len(positions)], positions)
+    assert np.isfinite(cache.prefill(1, clip[:10])).all()
+
+
+def opened(made: Made, runtime: Runtime = CPU) -> tuple[bool, str]:
+    network, reason = open_native(made.folder, made.manifest, runtime)
+    return network is not None, reason
+
+
+def test_who_runs_a_folder_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    made = make_folder(tmp_path / "int8", Sizes())
+    whole = replace(made, manifest=replace(made.manifest, weights="fp32"))
+    floats, old = replace(made, manifest=replace(made.manifest, activations="fp32")), replace(made.manifest, decoder={})
+    sixteen = make_folder(tmp_path / "16", Sizes(group=16, hidden=48, ffn=48, heads=(3, 1, 16)))
+    refused = {
+        "the folder's activations are fp32": (floats, CPU),
+        "the folder's weights are fp32": (whole, CPU),
+        "the folder does not say where its tensors lie: export the model again": (replace(made, manifest=old), CPU),
+        "the provider cuda was asked for": (made, Runtime("cuda", 1)),
+        r"layers\.0\.self_attn\.qkv has no groups of 128, 64, 32": (sixteen, CPU),
+    }
+    monkeypatch.setattr(library, "load", lambda: pytest.fail("it is not to be compiled"))
+    for why, (folder, runtime) in refused.items():
+        monkeypatch.setenv(library.VARIABLE, "auto")
+        native, reason = opened(folder, runtime)
+        assert not native
+        assert re.match(f"the decoder is ONNX Runtime's: {why}", reason)
+        monkeypatch.setenv(library.VARIABLE, "on")
+        with pytest.raises(OptionError, match=f"QUASR_NATIVE is on, but {why}.*: use auto"):
+            opened(folder, runtime)
+
+
+def test_what_the_variable_says(compiled: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    made = make_folder(tmp_path, Sizes())
+    monkeypatch.setattr(library, "processor", lambda: "flags : fpu sse2")
+    assert opened(made) == (
+        False,
+        "the decoder is ONNX Runtime's: C is unmeasured on this processor (QUASR_NATIVE=on asks for it)",
+    )
+    monkeypatch.setenv(library.VARIABLE, "on")
+    assert opened(made) == (True, "the decoder is compiled C")
+    monkeypatch.setenv(library.VARIABLE, "off")
+    assert opened(made) == (False, "the decoder is ONNX Runtime's: QUASR_NATIVE=off asks for it")
+    monkeypatch.setenv(library.VARIABLE, "yes")
+    with pytest.raises(OptionError, match="QUASR_NATIVE is 'yes': use auto, off or on"):
+        opened(made)
+
+
+def test_without_a_compiler_it_is_onnx_runtime(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    made = make_folder(tmp_path, Sizes())
+    monkeypatch.setattr(library, "processor", lambda: "flags : avx512_vnni")
+    monkeypatch.setattr(library, "find_compiler", lambda: None)
+    native, reason = opened(made)
+    assert not native
+    assert reason == (
+        "the decoder is ONNX Runtime's: there is no C compiler: install gcc or clang, or pip install ziglang"
+    )
+    monkeypatch.setenv(library.VARIABLE, "on")
+    with pytest.raises(OptionError, match="QUASR_NATIVE is on, but there is no C compiler"):
+        opened(made)
+
+
+@pytest.mark.parametrize("damage", [{"offset": 1 << 40}, {"offset": -64}, {"offset": 2}, {"shape": (7,)}])
+def test_a_tensor_that_is_not_there_is_one_line(
+    compiled: ctypes.CDLL, damage: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = make_folder(tmp_path, Sizes())
+    name = "layers.1.self_attn.k_norm.weight"
+    tensors = {**made.manifest.decoder, name: replace(made.manifest.decoder[name], **damage)}
+    monkeypatch.setenv(library.VARIABLE, "on")
+    with pytest.raises(CheckpointError, match=r"layers\.1\.self_attn\.k_norm\.weight .*: export the model again"):
+        opened(replace(made, manifest=replace(made.manifest, decoder=tensors)))

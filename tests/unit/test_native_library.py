@@ -1,0 +1,126 @@
+"""The C library: which compiler, that it is built once, what is said where it cannot be. The compilers are scripts."""
+
+from __future__ import annotations
+
+import multiprocessing
+import shutil
+from typing import TYPE_CHECKING
+
+import pytest
+
+from quasr.errors import MissingDependencyError, ResourceError
+from quasr.native import library
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+SMALL = "int quasr_stored_bytes(void) { return 2; }\n"
+
+
+@pytest.fixture(autouse=True)
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A source that is compiled in no time, and a cache of one's own."""
+    source = tmp_path / "small.c"
+    source.write_text(SMALL)
+    monkeypatch.setattr(library, "SOURCE", source)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("CC", raising=False)
+    library._open.cache_clear()
+    return source
+
+
+@pytest.fixture
+def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """$CC: the real one, which also notes each compilation in a file beside it."""
+    real = library.find_compiler()
+    if real is None:
+        pytest.skip("there is no C compiler here")
+    return scripted(tmp_path, monkeypatch, f'case "$*" in *-o*) echo x >> "$0.log";; esac; exec {" ".join(real)} "$@"')
+
+
+def scripted(folder: Path, monkeypatch: pytest.MonkeyPatch, body: str) -> Path:
+    path = folder / "compiler"
+    path.write_text(f"#!/bin/sh\n{body}\n")
+    path.chmod(0o755)
+    monkeypatch.setenv("CC", str(path))
+    return path
+
+
+def compilations(compiler: Path) -> int:
+    log = compiler.with_name("compiler.log")
+    return len(log.read_text().split()) if log.exists() else 0
+
+
+def test_it_is_compiled_once_and_again_when_something_has_changed(
+    compiler: Path, small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for count in (1, 1):
+        library._open.cache_clear()
+        assert library.load().quasr_stored_bytes() == 2
+        assert compilations(compiler) == count
+    library._open.cache_clear()
+    small.write_text(SMALL.replace("2", "4"))
+    assert library.load().quasr_stored_bytes() == 4
+    library._open.cache_clear()
+    monkeypatch.setattr(library, "processor", lambda: "another")
+    assert library.load().quasr_stored_bytes() == 4
+    assert compilations(compiler) == 3
+    assert sorted(path.suffix for path in library.cache_folder().iterdir()) == [".so"] * 3
+
+
+def _load_in_child(_: int) -> int:
+    library._open.cache_clear()
+    return int(library.load().quasr_stored_bytes())
+
+
+def test_processes_that_build_at_once_do_not_disturb_each_other(compiler: Path) -> None:
+    with multiprocessing.get_context("fork").Pool(3) as pool:
+        assert pool.map(_load_in_child, range(6), chunksize=1) == [2] * 6
+    assert 1 <= compilations(compiler) <= 3
+    assert len(list(library.cache_folder().iterdir())) == 1
+
+
+def test_a_compiler_that_fails_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scripted(tmp_path, monkeypatch, 'case "$*" in *-o*) echo "no such\ninstruction" >&2; exit 1;; esac')
+    with pytest.raises(ResourceError, match=r"the C compiler .* fails \(no such instruction\)$"):
+        library.load()
+    assert list(library.cache_folder().iterdir()) == []
+    scripted(tmp_path, monkeypatch, "exit 3")
+    with pytest.raises(ResourceError, match=r"fails \(exit code 3\)$"):
+        library.load()
+
+
+def test_what_is_no_library_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scripted(tmp_path, monkeypatch, 'while [ $# -gt 0 ]; do [ "$1" = -o ] && echo no > "$2"; shift; done')
+    with pytest.raises(ResourceError, match=r"cannot be loaded \(.*\): delete it$"):
+        library.load()
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(compiler: Path, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file where the folder would be")
+    with pytest.raises(ResourceError, match=r"native cannot be written \(Not a directory\): set XDG_CACHE_HOME$"):
+        library.load()
+
+
+def test_which_compiler_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    there = {"clang": "/bin/clang", "gcc": "/bin/gcc"}
+    monkeypatch.setattr(shutil, "which", there.get)
+    assert library.find_compiler() == ["/bin/gcc"]
+    monkeypatch.setenv("CC", "clang -m64")
+    assert library.find_compiler() == ["clang", "-m64"]
+    monkeypatch.setenv("CC", "missing")
+    assert library.find_compiler() is None
+    monkeypatch.delenv("CC")
+    there.clear()
+    monkeypatch.setattr(library, "find_spec", lambda name: name == "ziglang")
+    assert (library.find_compiler() or [])[1:] == ["-m", "ziglang", "cc"]
+    monkeypatch.setattr(library, "find_spec", lambda _: None)
+    with pytest.raises(MissingDependencyError, match="there is no C compiler: install gcc or clang"):
+        library.load()
+
+
+def test_what_is_known_of_the_processor(tmp_path: Path) -> None:
+    info = tmp_path / "cpuinfo"
+    info.write_text("processor : 0\nmodel name : X\nflags : a b\n\nprocessor : 1\nmodel name : X\nflags : a b\n")
+    assert library.processor(info) == "model name : X\nflags : a b"
+    assert library.processor(tmp_path / "none")
