@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Protocol
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from quasr.kernels.state import DecodeState, Places, Prompts
 
 VARIABLE = "QUASR_KERNELS"
-"""The environment variable: `auto`, the default, `reference` for the plain kernels, or `triton`, which fails loudly."""
+"""The environment variable: `auto`, the default; `triton`, without kernels in CUDA C++; `reference` for the plain ones.
+What asks for Triton fails loudly where it cannot run."""
 
 
 FIRST_CAPABILITY = (7, 5)
@@ -120,7 +121,7 @@ def choose(device: torch.device, dtype: torch.dtype) -> Kernels:
         return plain(f"{VARIABLE}=reference asks for it")
     lack = _lack(device, dtype)
     if lack is None:
-        return triton(device, dtype)
+        return triton(device, dtype) if wish == "triton" else fastest(device, dtype)
     if wish == "triton":
         raise OptionError(f"{VARIABLE} is triton, but {lack}: use auto")
     return plain(lack)
@@ -137,6 +138,17 @@ def _lack(device: torch.device, dtype: torch.dtype) -> str | None:
     if capability < least:
         return f"Triton kernels in {dtype} need compute capability {least}, and this GPU has {capability}"
     return None if find_spec("triton") else "Triton is not installed"
+
+
+def fastest(device: torch.device, dtype: torch.dtype) -> Kernels:
+    """Triton's kernels, but for one row those in CUDA C++ where they run."""
+    from quasr.kernels import cuda_row
+
+    kernels, lack = triton(device, dtype), cuda_row.lack(device, dtype)
+    if lack is not None:
+        return replace(kernels, reason=f"{kernels.reason}; one row by Triton too: for kernels in CUDA C++ {lack}")
+    own = {name: getattr(cuda_row, name) for name in OPERATIONS if hasattr(cuda_row, name)}
+    return replace(kernels, reason=f"{kernels.reason}; one row by kernels in CUDA C++", **own)
 
 
 def triton(device: torch.device, dtype: torch.dtype) -> Kernels:

@@ -30,11 +30,12 @@ LEAST_DOT = 16
 
 @dataclass(frozen=True, slots=True)
 class AttentionPlan:
-    """splits: parts of a row's positions; positions: of one step of a part; warps a program."""
+    """splits: parts of a row's positions; positions: of one step of a part; warps and pipeline stages of a program."""
 
     splits: int
     positions: int
     warps: int
+    stages: int
 
 
 @triton.jit
@@ -203,9 +204,10 @@ def _counters(count: int, device: torch.device) -> Tensor:
 
 
 def plan(rows: int, heads: Heads) -> AttentionPlan:
-    """About two programs for each of the 132 multiprocessors of an H200, and no more parts than pay."""
-    splits = max(1, min(8, 256 // (rows * heads.kv_count)))
-    return AttentionPlan(block(splits + 1) // 2, 64, 4)
+    """Some programs for each of the 132 multiprocessors of an H200, and no more parts than pay."""
+    splits = max(1, min(8, 512 // (rows * heads.kv_count)))
+    warps, stages = (4, 3) if rows == 1 else (2, 2)
+    return AttentionPlan(block(splits + 1) // 2, 64, warps, stages)
 
 
 def attend(x: Tensor, keys: Tensor, values: Tensor, places: Places, heads: Heads) -> Tensor:
@@ -233,6 +235,7 @@ def run(x: Tensor, layer: tuple[Tensor, Tensor], places: Places, heads: Heads, *
         x.stride(0), heads.q_norm.eps, heads.k_norm.eps, heads.size**-0.5 * LOG2_E, layer[0].shape[1],
         HEADS=heads.count, KV=heads.kv_count, SIZE=heads.size, GP=group, LANES=max(group, LEAST_DOT), DP=width,
         SPLITS=chosen.splits, BLOCK=chosen.positions, FUSED=fused,
-        PRECISION="ieee" if x.dtype == torch.float32 else "tf32", PDL=pdl, **launch_options(chosen.warps, pdl),
+        PRECISION="ieee" if x.dtype == torch.float32 else "tf32", PDL=pdl,
+        **launch_options(chosen.warps, pdl, chosen.stages),
     )  # fmt: skip
     return out
