@@ -71,6 +71,24 @@ def test_what_is_missing_is_one_line(arguments: tuple[str | Path, ...], code: in
     assert line in told
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("quantize", "demo", "--to", "int8", "-o", "out"),
+        ("export", "demo", "--weights", "int8", "-o", "out"),
+        ("plan", "demo", "--memory", "4GB"),
+        ("bench", "--shape", "1.7b"),
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_commands_that_need_torch_say_so_in_one_line(arguments: tuple[str, ...], tmp_path: Path) -> None:
+    done = quasr_without_torch(*(str(tmp_path / "out") if one == "out" else one for one in arguments))
+    assert (done.returncode, done.stdout) == (5, "")
+    (told,) = done.stderr.splitlines()
+    assert "torch" in told
+    assert "pip install 'quasr[" in told
+
+
 def test_the_library_imports_no_torch() -> None:
     code = (
         "import sys, quasr\n"

@@ -19,7 +19,7 @@ from quasr.cli.options import (  # noqa: TC001  (Typer reads the annotations)
 )
 from quasr.cli.target import Target
 from quasr.cli.terminal import aligned, megabytes, note, result
-from quasr.errors import OptionError
+from quasr.errors import MissingDependencyError, OptionError
 
 if TYPE_CHECKING:
     from quasr.cli.calibration import Calibration
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from quasr.model.asr import Qwen3ASR
     from quasr.model.config import ModelConfig
     from quasr.quant.recipe import Recipe, Row
+    from quasr.quant.vocabulary import Keep
 
 METHODS = ("rtn", "gptq", "awq")
 """How weights become codes. rtn: rounding to nearest. The others are calibrated, for int4 decoder layers."""
@@ -87,10 +88,9 @@ def quantize(
     """Quantise a checkpoint and save it as a folder."""
     from quasr.engine.device import choose
     from quasr.model.config import read_config
-    from quasr.quant.vocabulary import parse_keep
     from quasr.weights.hub import HubOptions, resolve
 
-    target = Target(output, folder_format, parse_keep(languages, keep_tokens_from))
+    target = Target(output, folder_format, _keep(languages, keep_tokens_from))
     recipe = target.recipe(to if group is None else f"{to}-g{group}", threshold, rule or ())
     _check(recipe, method, target)
     guide = calibration_for(method, calibration, resume, output)
@@ -99,6 +99,17 @@ def quantize(
     recipe.assign(config)
     _quantise(source, config, recipe, target, guide, choose(device, _dtype(dtype, config)))
     return 0
+
+
+def _keep(languages: str | None, text: Path | None) -> Keep | None:
+    """What the vocabulary must still say; the first step here that needs torch."""
+    try:
+        from quasr.quant.vocabulary import parse_keep
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError(
+            f"quantize needs {error.name}: install the extra with pip install 'quasr[quant]'"
+        ) from error
+    return parse_keep(languages, text)
 
 
 def _check(recipe: Recipe, method: str, target: Target) -> None:
