@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, fields
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import tokenizers
@@ -50,9 +49,11 @@ class SpecialTokens:
 class Tokenizer:
     """Text to ids and back. Safe to share between threads."""
 
-    def __init__(self, full: tokenizers.Tokenizer) -> None:
-        """Wraps a loaded tokenizer; raises CheckpointError where a structural token is missing."""
+    def __init__(self, full: tokenizers.Tokenizer, largest: int | None = None) -> None:
+        """Wraps a loaded tokenizer, whose `largest` id may be known; raises CheckpointError where a structural token is
+        missing."""
         self._full = full
+        self._largest = largest
         self._plain = _without_added_tokens(full)
         self.special = _special_tokens(full)
         flagged = {index for index, token in full.get_added_tokens_decoder().items() if token.special}
@@ -70,12 +71,15 @@ class Tokenizer:
         for name in ("vocab.json", "merges.txt"):
             if not (folder / name).is_file():
                 raise ModelNotFoundError(f"{folder} has no tokenizer: neither tokenizer.json nor {name} is there")
-        return cls(_from_parts(folder))
+        return cls(*_from_parts(folder))
 
-    @cached_property
+    @property
     def vocab_size(self) -> int:
         """One more than the largest id."""
-        return max(self._full.get_vocab(with_added_tokens=True).values()) + 1
+        if self._largest is None:
+            # A dictionary of all tokens: 0.1 s.
+            self._largest = max(self._full.get_vocab(with_added_tokens=True).values())
+        return self._largest + 1
 
     def to_json(self) -> dict[str, Any]:
         """The content of a `tokenizer.json`, whichever files it was read from; merges are pairs."""
@@ -123,7 +127,8 @@ def _from_single_file(path: Path) -> tokenizers.Tokenizer:
         raise _damaged(path, error) from error
 
 
-def _from_parts(folder: Path) -> tokenizers.Tokenizer:
+def _from_parts(folder: Path) -> tuple[tokenizers.Tokenizer, int]:
+    """With its largest id."""
     vocab = _vocab(folder / "vocab.json")
     merges = _merges(folder / "merges.txt")
     added = _added_tokens(folder / "tokenizer_config.json")
@@ -139,7 +144,7 @@ def _from_parts(folder: Path) -> tokenizers.Tokenizer:
     full.pre_tokenizer = pre_tokenizers.Sequence([split, bytelevel])
     full.decoder = decoders.ByteLevel()
     full.add_tokens(list(added.values()))
-    return full
+    return full, max(vocab.values())
 
 
 def _vocab(path: Path) -> dict[str, int]:
@@ -150,11 +155,11 @@ def _vocab(path: Path) -> dict[str, int]:
 
 
 def _merges(path: Path) -> list[tuple[str, str]]:
-    lines = [line.rstrip("\r") for line in _read(path).split("\n")]
-    pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
-    if any(len(pair) != 2 for pair in pairs):
-        raise _damaged(path, "a line does not hold two parts")
-    return [(pair[0], pair[1]) for pair in pairs]
+    pairs = (line.split(" ") for line in _read(path).split("\n") if line and not line.startswith("#version"))
+    try:
+        return [(left, right) for left, right in pairs]
+    except ValueError as error:
+        raise _damaged(path, "a line does not hold two parts") from error
 
 
 def _added_tokens(path: Path) -> dict[int, AddedToken]:
