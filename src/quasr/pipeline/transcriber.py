@@ -18,6 +18,7 @@ from quasr.pipeline.onnx import EngineWish, choose_engine, onnx_engine, onnx_ret
 from quasr.pipeline.planning import Precision, plan_folder
 from quasr.pipeline.retry import SAME_WEIGHTS
 from quasr.pipeline.shared import Lender, SharedEngine
+from quasr.pipeline.start import head_start
 from quasr.pipeline.transcribe import Setup, stream_segments, transcribe
 from quasr.quant.recipe import recipe_for
 from quasr.text.languages import LANGUAGES
@@ -88,22 +89,27 @@ def load(
     wish = EngineWish(engine, provider, threads, device, asked.precision(), asked.torch_only())
     if memory is not None:
         spare_memory()
+    defaults = TranscribeOptions() if batch_size is None else TranscribeOptions(batch_size=batch_size)
+    with head_start(str(model), wish):
+        return _load(str(model), asked, wish, hub or HubOptions(), defaults)
+
+
+def _load(model: str, asked: _Asked, wish: EngineWish, hub: HubOptions, defaults: TranscribeOptions) -> Transcriber:
     # What is missing here is said before anything is fetched.
-    placement = choose(device, asked.place_dtype()) if torch_reason(wish) else None
-    folder = resolve_model(str(model), hub or HubOptions())
+    placement = choose(asked.device, asked.place_dtype()) if torch_reason(wish) else None
+    folder = resolve_model(model, hub)
     config, tokenizer = read_config(folder), Tokenizer.from_folder(folder)
     check_vocabulary(config, tokenizer)
     source = Source(folder, config, stop_ids(config, tokenizer))
-    defaults = TranscribeOptions() if batch_size is None else TranscribeOptions(batch_size=batch_size)
-    choice = choose_engine(str(model), folder, wish)
+    choice = choose_engine(model, folder, wish)
     if choice.graphs is not None:
         return Transcriber(onnx_engine(choice, source.stops, wish), tokenizer, config, defaults, onnx_retry(choice))
-    placement = placement or choose(device, asked.place_dtype())
+    placement = placement or choose(asked.device, asked.place_dtype())
     running, retry, most = asked.in_torch(
         source, replace(placement, reasons=(choice.why, *placement.reasons)), defaults
     )
-    if threads is not None:
-        use_threads(threads)
+    if wish.threads is not None:
+        use_threads(wish.threads)
     return Transcriber(running, tokenizer, config, defaults, retry, most)
 
 

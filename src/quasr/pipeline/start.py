@@ -1,0 +1,74 @@
+"""What the first load of a process does beside the import of torch, which takes longer than reading the weights."""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+import threading
+from contextlib import ExitStack, contextmanager, suppress
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from quasr.engine.context import context_ahead
+from quasr.export.manifest import is_onnx_folder
+from quasr.pipeline.onnx import NVIDIA_DRIVERS, torch_reason
+from quasr.weights.hub import DEMO
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from quasr.pipeline.onnx import EngineWish
+
+
+@contextmanager
+def head_start(model: str, wish: EngineWish) -> Iterator[None]:
+    """`model` is loaded within: where torch is new to the process and a GPU is to run it, that GPU's context is made
+    meanwhile, and a folder's weights are read into the page cache."""
+    with ExitStack() as stack:
+        if "torch" not in sys.modules and _expects_gpu(model, wish):
+            stack.enter_context(context_ahead(wish.device))
+            folder = _folder(model)
+            if folder.is_dir():
+                threading.Thread(target=_read_ahead, args=(folder,), name="quasr-read-ahead", daemon=True).start()
+                # Not where it may be fetched first: that can take long.
+                stack.enter_context(_uncollected())
+        yield
+
+
+def _expects_gpu(model: str, wish: EngineWish) -> bool:
+    """As far as it is known before torch is asked."""
+    if wish.device == "cpu" or not any(path.exists() for path in NVIDIA_DRIVERS) or find_spec("torch") is None:
+        return False
+    if torch_reason(wish):
+        return True
+    folder = _folder(model)
+    return wish.engine == "auto" and model != DEMO and folder.is_dir() and not is_onnx_folder(folder)
+
+
+def _folder(model: str) -> Path:
+    return Path(model).expanduser()
+
+
+def _read_ahead(folder: Path) -> None:
+    """Asks the system, where it can be asked. What cannot be read is told by those who need it."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    with suppress(OSError):
+        for path in sorted(folder.glob("*.safetensors")):
+            with path.open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without the garbage collector, which looks through torch's half a million new objects again and again."""
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()

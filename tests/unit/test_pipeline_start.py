@@ -1,0 +1,168 @@
+"""What is done beside the first import of torch: when, and that nothing of it is left behind."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
+
+import pytest
+
+import quasr
+from quasr.errors import CheckpointError, ModelNotFoundError
+from quasr.export.manifest import MANIFEST_FILE
+from quasr.pipeline import start, transcriber
+from quasr.pipeline.onnx import EngineWish
+from quasr.pipeline.start import head_start
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+CUDA = EngineWish(device="cuda:1")
+AUTO = EngineWish()
+HUB = "org/name"
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    """Devices whose context was made, in a process that has not imported torch and a machine with a driver."""
+    devices: list[str] = []
+
+    @contextmanager
+    def note(device: str) -> Iterator[None]:
+        devices.append(device)
+        yield
+
+    monkeypatch.setattr(start, "sys", SimpleNamespace(modules={}))
+    monkeypatch.setattr(start, "context_ahead", note)
+    monkeypatch.setattr(start, "NVIDIA_DRIVERS", (tmp_path,))
+    return devices
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    made = tmp_path / "model"
+    made.mkdir()
+    for name in ("model-2.safetensors", "model-1.safetensors", "config.json"):
+        (made / name).write_bytes(b"\0" * 8)
+    return made
+
+
+@pytest.fixture
+def announced(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int, int]]:
+    """What the system was told of files."""
+    calls: list[tuple[str, int, int, int]] = []
+
+    def advise(file: int, first: int, count: int, advice: int) -> None:
+        calls.append((Path(f"/proc/self/fd/{file}").resolve().name, first, count, advice))
+
+    monkeypatch.setattr(os, "posix_fadvise", advise)
+    return calls
+
+
+def wait_for_reader() -> None:
+    for thread in threading.enumerate():
+        if thread.name == "quasr-read-ahead":
+            thread.join(30)
+
+
+@pytest.mark.parametrize(
+    ("wish", "device"),
+    [
+        (CUDA, "cuda:1"),
+        (AUTO, "auto"),
+        (EngineWish(engine="torch"), "auto"),
+        (EngineWish(precision="bf16"), "auto"),
+        (EngineWish(torch_only="a memory plan is torch's alone"), "auto"),
+    ],
+)
+def test_a_folder_for_a_gpu(opened: list[str], folder: Path, wish: EngineWish, device: str) -> None:
+    with head_start(str(folder), wish):
+        assert opened == [device]
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    wait_for_reader()
+
+
+@pytest.mark.parametrize(
+    "wish", [EngineWish(device="cpu"), EngineWish(engine="onnx"), EngineWish(engine="torch", device="cpu")]
+)
+def test_nothing_without_a_gpu(opened: list[str], folder: Path, wish: EngineWish) -> None:
+    with head_start(str(folder), wish):
+        assert gc.isenabled()
+    assert opened == []
+
+
+def test_nothing_for_what_onnx_runtime_runs(opened: list[str], folder: Path) -> None:
+    (folder / MANIFEST_FILE).write_text("{}", encoding="utf-8")
+    for model in ("demo", str(folder), HUB):
+        with head_start(model, AUTO):
+            assert gc.isenabled()
+    assert opened == []
+
+
+def test_nothing_without_a_driver(opened: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(start, "NVIDIA_DRIVERS", (folder / "nvidiactl",))
+    with head_start(str(folder), CUDA):
+        assert gc.isenabled()
+    assert opened == []
+
+
+def test_nothing_without_torch(opened: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(start, "find_spec", lambda name: None)
+    with head_start(str(folder), CUDA):
+        assert gc.isenabled()
+    assert opened == []
+
+
+def test_nothing_once_torch_is_there(opened: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(start.sys, "modules", {"torch": None})
+    with head_start(str(folder), CUDA):
+        assert gc.isenabled()
+    assert opened == []
+
+
+def test_objects_are_collected_while_a_hub_is_asked(opened: list[str]) -> None:
+    with head_start(HUB, CUDA):
+        assert gc.isenabled()
+    assert opened == ["cuda:1"]
+
+
+def test_a_collector_that_was_off_stays_off(opened: list[str], folder: Path) -> None:
+    gc.disable()
+    try:
+        with head_start(str(folder), CUDA):
+            assert opened
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+    wait_for_reader()
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the system cannot be asked to read files ahead")
+def test_weights_are_read_ahead(opened: list[str], folder: Path, announced: list[tuple[str, int, int, int]]) -> None:
+    with head_start(str(folder), CUDA):
+        wait_for_reader()
+    whole = (0, 0, os.POSIX_FADV_WILLNEED)
+    assert announced == [("model-1.safetensors", *whole), ("model-2.safetensors", *whole)]
+
+
+def test_loading_ends_the_head_start_when_it_fails(opened: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transcriber, "choose", lambda *_: object())
+    with pytest.raises(ModelNotFoundError):
+        quasr.load("no-such-folder/at/all", device="cuda:1")
+    assert opened == ["cuda:1"]
+
+
+def test_loading_collects_again_when_it_fails(opened: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool] = []
+    monkeypatch.setattr(transcriber, "choose", lambda *_: seen.append(gc.isenabled()))
+    with pytest.raises(CheckpointError):
+        quasr.load(folder, device="cuda:1")
+    assert (opened, seen) == (["cuda:1"], [False])
+    assert gc.isenabled()
+    wait_for_reader()
