@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import torch
 from quant_samples import network
@@ -37,3 +41,25 @@ def test_layers_without_kernels_name_themselves(name: str, monkeypatch: pytest.M
     assert "layer 1: it has no kernel for Identity" in made.info.reasons[-1]
     with pytest.raises(OptionError, match="no kernel for Identity"):
         make_engine(model, (), CPU, "none", "fast")
+
+
+def test_triton_hashes_itself_while_weights_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = pytest.importorskip("triton.runtime.cache")
+    asked, done = [], threading.Event()
+    monkeypatch.setattr(cache, "triton_key", done.set, raising=False)
+    monkeypatch.setattr(
+        factory.dispatch, "choose", lambda *where: asked.append(where) or SimpleNamespace(name="triton")
+    )
+    factory.prepare_kernels(replace(CPU, device=torch.device("cuda", 1)))
+    assert done.wait(30)
+    assert asked == [(torch.device("cuda", 1), torch.float32)]
+
+
+@pytest.mark.parametrize(("device", "kernels"), [("cpu", "triton"), ("cuda", "reference")])
+def test_triton_is_left_alone_where_it_runs_nothing(device: str, kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = pytest.importorskip("triton.runtime.cache")
+    before = set(threading.enumerate())
+    monkeypatch.setattr(cache, "triton_key", lambda: pytest.fail("it was hashed"), raising=False)
+    monkeypatch.setattr(factory.dispatch, "choose", lambda *_: SimpleNamespace(name=kernels))
+    factory.prepare_kernels(replace(CPU, device=torch.device(device)))
+    assert set(threading.enumerate()) <= before

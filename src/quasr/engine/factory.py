@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
@@ -19,6 +20,20 @@ if TYPE_CHECKING:
     from quasr.model.asr import Qwen3ASR
 
 EngineName = Literal["auto", "fast", "torch"]
+
+
+def prepare_kernels(placement: Placement) -> None:
+    """Imports what a GPU's engine launches; for the time before weights are read.
+
+    Meanwhile a thread lets Triton hash its own library, 450 MB, for which its first launch would wait: the hash is part
+    of the name by which a compiled kernel is found again.
+    """
+    if placement.device.type != "cuda" or dispatch.choose(placement.device, placement.dtype).name != "triton":
+        return
+    from triton.runtime import cache
+
+    if hasattr(cache, "triton_key"):
+        threading.Thread(target=cache.triton_key, name="quasr-triton-key", daemon=True).start()
 
 
 def make_engine(

@@ -49,11 +49,12 @@ def torch_engine(
     Raises CheckpointError, ResourceError, OptionError and MissingDependencyError.
     """
     # Here and not above, so that `from quasr import Transcriber` costs no torch.
-    from quasr.engine.factory import make_engine
+    from quasr.engine.factory import make_engine, prepare_kernels
     from quasr.quant.store import load_network
 
     if offload:
         return _offloaded_engine(source, placement, recipe, offload)
+    prepare_kernels(placement)
     network, scheme = load_network(source.folder, source.config, recipe, placement.dtype, placement.device)
     return make_engine(network, source.stops, placement, scheme, cache_bytes=cache_bytes)
 
