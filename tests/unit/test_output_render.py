@@ -3,6 +3,7 @@ from __future__ import annotations
 import html
 import json
 import re
+import tracemalloc
 
 import pytest
 from hypothesis import given
@@ -103,6 +104,33 @@ def test_json_holds_everything() -> None:
     }
     assert read["warnings"] == [notice]
     assert set(read) == {"text", "language", "duration", "segments", "finish_reason", "warnings", "timings"}
+
+
+TRICKY = st.text(st.sampled_from('a"\\\\[]{}:, \\n\\u2028é1')) | st.just('"segments": []')
+
+
+@given(texts=st.lists(TRICKY, max_size=3), words=st.booleans())
+def test_json_is_that_of_the_whole_at_once(texts: list[str], words: bool) -> None:
+    """Indented by two, and the lists of numbers alone on one line."""
+    said = (Word("é", 0.0, 0.5),) if words else ()
+    segments = [Segment(n, 0.0, 1.0, text, words=said, tokens=(n, 7)) for n, text in enumerate(texts)]
+    whole = transcript(*segments)
+    text = json.dumps(whole.to_dict(), ensure_ascii=False, indent=2)
+    flat = re.sub(r"\[\n +(\d+),\n +(\d+)\n +\]", r"[\1, \2]", text)
+    assert render(whole, "json") == flat + "\n"
+
+
+def test_json_of_long_audio_takes_few_times_its_size() -> None:
+    """Ten hours have some 5,000 segments of 80 tokens; a tenth of that here."""
+    logprobs = tuple(-0.1 - 1e-6 * n for n in range(80))
+    segments = [Segment(n, 0.0, 1.0, " a few words" * 8, tokens=(7,) * 80, token_logprobs=logprobs) for n in range(500)]
+    whole = transcript(*segments)
+    tracemalloc.start()
+    size = len(render(whole, "json"))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert size > 500_000
+    assert peak < 5 * size
 
 
 def test_no_speech_makes_valid_files() -> None:

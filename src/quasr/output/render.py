@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from typing import TYPE_CHECKING
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
 
 from quasr.errors import OptionError
 from quasr.output.cues import LineRules, one_line, split_cues
@@ -61,7 +62,17 @@ def _tsv(transcript: Transcript, _rules: LineRules) -> str:
 
 
 def _json(transcript: Transcript, _rules: LineRules) -> str:
-    text = json.dumps(transcript.to_dict(), ensure_ascii=False, allow_nan=False, indent=2) + "\n"
+    """A segment at a time, because `json` takes ten times the memory of the text that it indents."""
+    text = _indented(replace(transcript, segments=()).to_dict()) + "\n"
+    if not transcript.segments:
+        return text
+    segments = ",\n    ".join(_indented(asdict(segment)).replace("\n", "\n    ") for segment in transcript.segments)
+    # Quotes inside strings are escaped, so the key alone can look like this.
+    return text.replace('"segments": []', f'"segments": [\n    {segments}\n  ]', 1)
+
+
+def _indented(value: dict[str, Any]) -> str:
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, indent=2)
     # No string holds a line end, so what is matched are the lists of tokens and of their probabilities.
     return _NUMBERS.sub(lambda found: f"[{' '.join(found[1].split())}]", text)
 
