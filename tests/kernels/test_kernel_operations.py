@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+import torch.nn.functional as F
 from fast_samples import DEVICE
 
 from quasr.errors import OptionError
@@ -236,13 +237,16 @@ PROMPTS = {
     "ragged": ([70, 1, 16, 33], [60, 10, 135, 20]),
     "equal": ([40, 40], [0, 40]),
     "long": ([150], [3]),
+    "one token": ([1], [199]),
+    "a block": ([64], [7]),
+    "a token more": ([65], [0]),
 }
 """Lengths and offsets."""
 
 
 def prompts_of(case: str) -> Prompts:
     lengths, offsets = PROMPTS[case]
-    starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=DEVICE)
+    starts = torch.tensor([0, *accumulate(lengths)], device=DEVICE)
     return Prompts(tuple(lengths), tuple(offsets), starts, torch.tensor(offsets, device=DEVICE))
 
 
@@ -271,6 +275,26 @@ def test_attention_of_prompts(case: str) -> None:
 @pytest.mark.parametrize("counts", [(3, 3, 16), (5, 1, 24), *[(16, 8, 128), (32, 2, 80)][: 2 * THOROUGH]], ids=str)
 def test_attention_of_prompts_of_awkward_shapes(counts: tuple[int, int, int], dtype: torch.dtype, case: str) -> None:
     attention_of_prompts(dtype, heads_of(*counts, dtype), case)
+
+
+@pytest.mark.parametrize("case", PROMPTS)
+def test_prompts_among_empty_ones_and_idle_tokens_are_the_same(case: str) -> None:
+    """To the bit; and the host is told nothing."""
+    heads, prompts, table = heads_of(4, 2, 16, WIDE[-1]), prompts_of(case), kernels(WIDE[-1])
+    count, tokens = len(prompts.lengths), sum(prompts.lengths)
+    q = torch.randn(tokens, heads.query_width, device=DEVICE).to(WIDE[-1])
+    keys, values = (torch.randn(heads.kv_count, 200, heads.size, device=DEVICE).to(WIDE[-1]) for _ in range(2))
+    empty = prompts.starts[-1:].expand(8 - count)
+    padded = Prompts((), (), torch.cat([prompts.starts, empty]), F.pad(prompts.begins, (0, 8 - count)))
+    got = table.attend_prompts(F.pad(q, (0, 0, 0, 256 - tokens), value=torch.nan), keys, values, padded, heads)
+    assert torch.equal(got[:tokens], table.attend_prompts(q, keys, values, prompts, heads))
+
+
+def test_the_reference_refuses_prompts_that_the_host_does_not_know() -> None:
+    prompts, q = prompts_of("one"), torch.ones(9, 32, device=DEVICE)
+    store = torch.ones(1, 20, 16, device=DEVICE)
+    with pytest.raises(ValueError, match="the host does not know"):
+        reference.attend_prompts(q, store, store, replace(prompts, lengths=()), heads_of(2, 1, 16, torch.float32))
 
 
 @pytest.mark.parametrize("case", PROMPTS)

@@ -116,8 +116,11 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, places: Places, heads: Heads
 def attend_prompts(q: Tensor, keys: Tensor, values: Tensor, prompts: Prompts, heads: Heads) -> Tensor:
     """Rotated queries (tokens of all prompts, heads.query_width) -> causal attention inside each prompt.
 
-    keys, values: (kv_heads, positions, head_dim), which hold those of the prompts.
+    keys, values: (kv_heads, positions, head_dim), which hold those of the prompts. Goes by what the host knows of them,
+    so it cannot be captured in a graph: raises ValueError where that is nothing.
     """
+    if not prompts.lengths:
+        raise ValueError("the host does not know these prompts' lengths")
     out = torch.empty_like(q)
     end = 0
     for length, offset in zip(prompts.lengths, prompts.offsets, strict=True):

@@ -53,18 +53,15 @@ class Places:
 class Prompts:
     """Prompts packed one after the other: prompt i has `lengths[i]` tokens, whose positions begin at `offsets[i]`.
 
-    The host knows both, so that nothing waits for the device, where `starts` (prompts + 1,) int32 says which token each
-    prompt begins with, and where the last one ends; `begins` (prompts,) int64 are the offsets.
+    The host knows both, so that nothing waits for the device, or neither: in a CUDA graph, which other prompts will use
+    again. The device knows `starts` (prompts + 1,), which token each prompt begins with and where the last one ends,
+    and `begins` (prompts,), the offsets; both int64. There a prompt may be empty, and tokens may lie behind the last.
     """
 
     lengths: tuple[int, ...]
     offsets: tuple[int, ...]
     starts: Tensor
     begins: Tensor
-
-    @property
-    def longest(self) -> int:
-        return max(self.lengths)
 
 
 @dataclass(frozen=True, slots=True)

@@ -304,7 +304,7 @@ LEAST_PART = 512
 """Fewest columns of a part: below, putting parts together costs more than it gains."""
 LEAST_STEP = 32
 """Fewest columns of a step: both halves of 4-bit codes then are a product of 16, the tensor cores' least."""
-WIDEST_FP32 = 64
+WIDEST_FP32 = 32
 """Most columns of a step in fp32, which the tensor cores do not take: operands are in registers."""
 
 PLAIN, DEEP, GATE, HEAD = "plain", "deep", "gate", "head"
@@ -318,22 +318,24 @@ TILES = {
     ("codes", 32): {PLAIN: (64, 256, 256, 4, 3), DEEP: (64, 256, 256, 4, 3),
                     GATE: (32, 128, 768, 2, 4), HEAD: (32, 128, 1, 2, 4)},
     ("codes", 64): {PLAIN: (64, 256, 128, 4, 3), DEEP: (64, 256, 128, 4, 3),
-                    GATE: (64, 128, 384, 4, 3), HEAD: (64, 128, 1, 4, 3)},
+                    GATE: (64, 128, 384, 4, 3), HEAD: (128, 64, 1, 4, 3)},
     ("codes", 256): {PLAIN: (128, 64, 264, 8, 3), DEEP: (128, 64, 264, 8, 3),
-                     GATE: (128, 64, 264, 8, 3), HEAD: (128, 64, 1, 8, 3)},
+                     GATE: (128, 64, 264, 8, 3), HEAD: (64, 64, 1, 4, 3)},
     ("floats", 16): {PLAIN: (128, 256, 128, 4, 4), DEEP: (128, 256, 128, 4, 4),
                      GATE: (64, 256, 384, 4, 3), HEAD: (16, 256, 1, 1, 5)},
     ("floats", 32): {PLAIN: (64, 256, 256, 4, 4), DEEP: (64, 256, 256, 4, 4),
                      GATE: (64, 256, 384, 4, 3), HEAD: (64, 256, 1, 4, 4)},
     ("floats", 64): {PLAIN: (64, 256, 128, 4, 4), DEEP: (64, 256, 128, 4, 4),
-                     GATE: (128, 256, 96, 8, 3), HEAD: (128, 256, 1, 4, 3)},
+                     GATE: (128, 256, 96, 8, 3), HEAD: (128, 128, 1, 4, 3)},
     ("floats", 256): {PLAIN: (128, 64, 264, 8, 3), DEEP: (128, 64, 264, 8, 3),
-                      GATE: (128, 64, 264, 8, 3), HEAD: (128, 64, 1, 8, 3)},
+                      GATE: (128, 64, 264, 8, 3), HEAD: (128, 128, 1, 8, 4)},
 }  # fmt: skip
 """By what the weights are and the most rows of x: rows, columns (halved for weights in 16 bits), programs to aim at,
 warps and stages. The fastest of a dozen or two on an H200, for the matrices of 1.7B."""
 
 LINES = {8: 8, 16: 16, 32: 32, 64: 64, 256: 128}
+HEAD_LINES = 256
+"""Of the head where it is more than LINES: it is so large that to read it twice costs more than anything else."""
 
 
 def plan(matrix: Matrix, m: int, *, gate: bool, head: bool = False) -> ProductPlan:
@@ -345,7 +347,9 @@ def plan(matrix: Matrix, m: int, *, gate: bool, head: bool = False) -> ProductPl
     tiles = triton.cdiv(matrix.rows, rows) * triton.cdiv(m, LINES[most])
     parts = min(programs // tiles, matrix.columns // LEAST_PART)
     splits = block(parts + 1) // 2 if parts else 1
-    return ProductPlan(LINES[most], rows, _step(matrix, columns), splits, warps, stages)
+    large = head and m > LINES[most] and matrix.dtype != torch.float32
+    lines = HEAD_LINES if large else LINES[most]
+    return ProductPlan(lines, rows, _step(matrix, columns), splits, warps, stages)
 
 
 def _step(matrix: Matrix, most: int) -> int:

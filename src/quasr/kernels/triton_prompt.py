@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 HEADS_AT_ONCE = 8
 """That a warp rotates: it has 16 bytes of four heads in each load, and waits for two such loads."""
 QUERIES, KEYS = 128, 64
-"""Rows of a program of attention, tokens times the heads that share a key head; and keys of a step."""
+"""Rows of a program of attention, tokens times the heads that share a key head; and keys of a step. Both are the same
+for all prompts, so that a token's numbers do not depend on what it is computed beside."""
 
 
 @triton.jit
@@ -96,20 +97,24 @@ def look(query, keys, values, here, known, p, token, scale, state, DIAGONAL: tl.
 
 @triton.jit
 def attention(
-    q, keys, values, starts, offsets, out, scale, positions,
+    q, keys, values, starts, offsets, out, scale, positions, prompts,
     HEADS: tl.constexpr, KV: tl.constexpr, SIZE: tl.constexpr, GP: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, PRECISION: tl.constexpr,
+    BN: tl.constexpr, PP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """BM / GP tokens of one prompt, with all the query heads of one key head (flash attention, Dao et al. 2022).
 
-    The last tokens, which see most, begin first.
+    Prompt i has the places from `starts[i] // TOKENS + i` on, which are enough: so the grid needs to know how many
+    prompts and tokens there may be, and no length. The last tokens of a prompt, which see most, begin first.
     """
     GROUP: tl.constexpr = HEADS // KV
     TOKENS: tl.constexpr = BM // GP
-    kv, prompt = tl.program_id(0), tl.program_id(1)
-    start = tl.load(starts + prompt)
-    count = tl.load(starts + prompt + 1) - start
-    first = (tl.num_programs(2) - 1 - tl.program_id(2)) * TOKENS
+    kv, place = tl.program_id(0), tl.num_programs(1) - 1 - tl.program_id(1)
+    i = tl.arange(0, PP)
+    own = tl.load(starts + i, mask=i < prompts, other=0).to(tl.int32) // TOKENS + i
+    prompt = tl.sum(((i < prompts) & (own <= place)).to(tl.int32), axis=0) - 1
+    start = tl.load(starts + prompt).to(tl.int32)
+    count = tl.load(starts + prompt + 1).to(tl.int32) - start
+    first = (place - start // TOKENS - prompt) * TOKENS
     if first < count:
         r, d = tl.arange(0, BM), tl.arange(0, DP)
         token, g = first + r // GP, r % GP
@@ -154,14 +159,14 @@ def rotate_write(x: Tensor, keys: Tensor, values: Tensor, places: Places, heads:
 
 
 def attend_prompts(q: Tensor, keys: Tensor, values: Tensor, prompts: Prompts, heads: Heads) -> Tensor:
-    """See `reference.attend_prompts`."""
+    """See `reference.attend_prompts`. Reads nothing on the host: tokens behind the last prompt get no value."""
     out = torch.empty_like(q)
-    group = block(heads.count // heads.kv_count)
-    rows = block(prompts.longest * group, max(LEAST_DOT, group), QUERIES)
-    attention[heads.kv_count, len(prompts.lengths), triton.cdiv(prompts.longest, rows // group)](
-        q, keys, values, prompts.starts, prompts.begins, out, heads.size**-0.5 * LOG2_E, keys.shape[1],
+    group, count = block(heads.count // heads.kv_count), len(prompts.begins)
+    rows = max(QUERIES, group)
+    attention[heads.kv_count, len(q) // (rows // group) + count](
+        q, keys, values, prompts.starts, prompts.begins, out, heads.size**-0.5 * LOG2_E, keys.shape[1], count,
         HEADS=heads.count, KV=heads.kv_count, SIZE=heads.size, GP=group, DP=block(heads.size, LEAST_DOT), BM=rows,
-        BN=min(rows, KEYS), PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-        num_warps=8 if rows == QUERIES else 4, num_stages=2,
+        BN=KEYS, PP=block(count), PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        num_warps=8, num_stages=2,
     )  # fmt: skip
     return out
