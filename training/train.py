@@ -11,6 +11,7 @@ import time
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -25,6 +26,9 @@ from corpus import RATE, Clip, read_parts, spoken
 from quasr.model.asr import Qwen3ASR
 from quasr.model.config import ModelConfig, parse_config
 from quasr.model.decoder import KVCache
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 AGREE_EVERY = 8
 
@@ -447,14 +451,8 @@ class Run:
         self.config = parse_config(raw)
         samples, clips = load_corpus(arguments.corpus, self.device)
         self.progress = torch.zeros(()).share_memory_()
-        self.sampler = Sampler(
-            clips,
-            Vocabulary(tokenizer, clips),
-            self.config.audio,
-            recipe.budget,
-            recipe.seed * 64 + self.rank,
-            self.progress,
-        )
+        words, seed = Vocabulary(tokenizer, clips), recipe.seed * 64 + self.rank
+        self.sampler = Sampler(clips, words, self.config.audio, recipe.budget, seed, self.progress)
         self.examiner = Examiner(clips, self.sampler, tokenizer, arguments.dev_clips)
         rooms = list(np.load(arguments.corpus / "rooms.npz").values())
         self.frontend = Frontend(samples, rooms, Strength())
@@ -476,16 +474,19 @@ class Run:
         if self.world > 1:  # after the graphs are captured: a collective's watchdog may break a capture
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
         if self.rank == 0:
-            hours = {}
-            for clip in clips:
-                hours[clip.source] = hours.get(clip.source, 0) + clip.length / RATE / 3600
-            parameters = sum(parameter.numel() for parameter in self.learner.network.parameters())
-            error = check_frontend(self.frontend, np.random.default_rng(0).standard_normal(RATE * 3).astype(np.float32))
-            print(f"{parameters / 1e6:.2f} M parameters, hours { ({k: round(v, 2) for k, v in hours.items()}) }")
-            print(f"front end within {error:.2e} of the package's; {json.dumps(asdict(recipe))}", flush=True)
+            self._announce(clips)
 
-    def run(self) -> None:
-        loader = iter(
+    def _announce(self, clips: list[Clip]) -> None:
+        hours: dict[str, float] = {}
+        for clip in clips:
+            hours[clip.source] = hours.get(clip.source, 0) + clip.length / RATE / 3600
+        parameters = sum(parameter.numel() for parameter in self.learner.network.parameters())
+        error = check_frontend(self.frontend, np.random.default_rng(0).standard_normal(RATE * 3).astype(np.float32))
+        print(f"{parameters / 1e6:.2f} M parameters, hours { ({k: round(v, 2) for k, v in hours.items()}) }")
+        print(f"front end within {error:.2e} of the package's; {json.dumps(asdict(self.recipe))}", flush=True)
+
+    def _batches(self) -> Iterator[Batch]:
+        return iter(
             torch.utils.data.DataLoader(
                 self.sampler,
                 batch_size=None,
@@ -494,6 +495,9 @@ class Run:
                 pin_memory=self.device.type == "cuda",
             )
         )
+
+    def run(self) -> None:
+        batches = self._batches()
         begin = last = time.time()
         span, step, seen, elapsed = self.recipe.minutes * 60, 0, 0.0, 0.0
         self.learner.train()
@@ -507,7 +511,7 @@ class Run:
             progress = self.recipe.progress_from + way * (self.recipe.progress_to - self.recipe.progress_from)
             self.progress.fill_(progress)
             self.frontend.level = self.frontend.strength.level(progress)
-            batch = next(loader).to(self.device)
+            batch = next(batches).to(self.device)
             seen += batch.seconds * len(batch.tensors["samples"])
             losses, norm = self._step(batch, schedule(progress, self.recipe), step)
             step += 1
@@ -523,18 +527,20 @@ class Run:
                 next_look += self.arguments.look_every
                 self._look(step)
         if self.rank == 0:
-            torch.save(
-                {
-                    "learner": self.learner.state_dict(),
-                    "average": self.average.state_dict(),
-                    "optimiser": self.optimiser.state(),
-                },
-                self.arguments.checkpoint,
-            )
-            save_weights(self.average.network, self.arguments.output / self.arguments.name)
+            self._save()
             self._look(step)
         if self.world > 1:
             dist.destroy_process_group()
+
+    def _save(self) -> None:
+        """All that a later run can resume from, and the averaged weights alone."""
+        state = {
+            "learner": self.learner.state_dict(),
+            "average": self.average.state_dict(),
+            "optimiser": self.optimiser.state(),
+        }
+        torch.save(state, self.arguments.checkpoint)
+        save_weights(self.average.network, self.arguments.output / self.arguments.name)
 
     def _agree(self, elapsed: float) -> float:
         """Rank 0's clock for all, so that all stop together."""
