@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
     from quasr.pipeline.onnx import EngineWish
 
+AT_ONCE = 1 << 28
+"""Bytes that are read in one call of the system, without Python's lock."""
+
 
 @contextmanager
 def head_start(model: str, wish: EngineWish) -> Iterator[None]:
@@ -52,13 +55,19 @@ def _folder(model: str) -> Path:
 
 
 def _read_ahead(folder: Path) -> None:
-    """Asks the system, where it can be asked. What cannot be read is told by those who need it."""
-    if not hasattr(os, "posix_fadvise"):
+    """Sends the files to nowhere, which makes Linux read them and copies nothing: 2 GB that are in the page cache take
+    0.1 s. `posix_fadvise` would not do: of a whole file it reads the first piece only.
+
+    What cannot be read is told by those who need it.
+    """
+    if not hasattr(os, "sendfile"):
         return
-    with suppress(OSError):
+    with suppress(OSError), open(os.devnull, "wb") as nowhere:
         for path in sorted(folder.glob("*.safetensors")):
             with path.open("rb") as file:
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+                offset = 0
+                while count := os.sendfile(nowhere.fileno(), file.fileno(), offset, AT_ONCE):
+                    offset += count
 
 
 @contextmanager
