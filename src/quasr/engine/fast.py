@@ -6,15 +6,14 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from quasr.engine.matrices import QUANTISED, fuse, matrix_of
+from quasr.engine.packed import Packed
 from quasr.errors import OptionError
 from quasr.kernels.matrix import Heads, Norm
-from quasr.kernels.state import CachePool, DecodeState, Places, Prompts
-from quasr.model.transfer import to_device
+from quasr.kernels.state import CachePool, DecodeState, Places
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -91,8 +90,15 @@ class FastDecoder:
 
         embeddings: (sum of lengths, hidden), prompt after prompt; offsets: where each prompt's row begins in the pool.
         """
-        packed, kernels = _Packed.of(lengths, offsets, embeddings.device), self.kernels
-        x, y = embeddings.to(torch.float32, copy=True), None
+        x = embeddings.to(torch.float32, copy=True)
+        return self.prefill_packed(x, Packed.of(lengths, offsets, x.device), cache)
+
+    def prefill_packed(self, x: Tensor, packed: Packed, cache: CachePool) -> Tensor:
+        """As `prefill` of embeddings x (tokens, hidden) fp32, overwritten.
+
+        Only `kernels.attend_prompts` may ask what the host knows of the prompts, and only the reference's does.
+        """
+        kernels, y = self.kernels, None
         for index, layer in enumerate(self.layers):
             keys, values = cache.layer(index)
             qkv = kernels.linear(kernels.add_rms_norm(x, y, layer.input_norm), layer.qkv)
@@ -154,45 +160,40 @@ class FastDecoder:
         return self._through(self.embed(tokens), places, cache, fused=fused)
 
     def _through(self, x: Tensor, places: Places, cache: CachePool, *, fused: bool) -> Tensor:
+        """x (m, hidden) fp32, overwritten. y is what is still to be added to it."""
+        y = None
         for index, layer in enumerate(self.layers):
             keys, values = cache.layer(index)
-            qkv = self.kernels.linear(x, layer.qkv, layer.input_norm)
+            qkv = self.kernels.linear(*self._normed(x, y, layer.input_norm, layer.qkv))
             if fused:
                 mixed = self.kernels.attend_step(qkv, keys, values, places, layer.heads)
             else:
                 q = self.kernels.rotate_write(qkv, keys, values, places, layer.heads)
                 mixed = self.kernels.attend(q, keys, values, places, layer.heads)
-            self._finish_layer(x, mixed, layer)
-        return x
+            y = self._product(mixed, layer.output, x)
+            inner = self.kernels.gated_linear(*self._normed(x, y, layer.inner_norm, layer.gate_up))
+            y = self._product(inner, layer.down, x)
+        return x if y is None else x.add_(y)
 
-    def _finish_layer(self, x: Tensor, mixed: Tensor, layer: FastLayer) -> None:
-        """Adds attention's output and the MLP to the residual x (m, hidden), in place."""
-        self.kernels.add_linear(mixed, layer.output, x)
-        inner = self.kernels.gated_linear(x, layer.gate_up, layer.inner_norm)
-        self.kernels.add_linear(inner, layer.down, x)
+    def _normed(self, x: Tensor, y: Tensor | None, norm: Norm, matrix: Matrix) -> tuple[Tensor, Matrix, Norm | None]:
+        """What a product of norm(x) takes, x += y first: the norm too, unless the sum had to be made."""
+        return (x, matrix, norm) if y is None else (self.kernels.add_rms_norm(x, y, norm), matrix, None)
+
+    def _product(self, x: Tensor, matrix: Matrix, residual: Tensor) -> Tensor | None:
+        """residual += x W^T; or x W^T, where torch multiplies, which adds nothing: then the next norm does."""
+        if _torch_multiplies(self.kernels, matrix, len(x)):
+            return self.kernels.linear(x, matrix)
+        self.kernels.add_linear(x, matrix, residual)
+        return None
 
 
-@dataclass(frozen=True, slots=True)
-class _Packed:
-    """Prompts one after the other; `last` (prompts,) is each one's last row. All is made on the host, so that nothing
-    waits."""
+def _torch_multiplies(kernels: Kernels, matrix: Matrix, m: int) -> bool:
+    """Whether Triton's kernels leave m rows to torch. The reference's sum is part of its product, as specified."""
+    if kernels.name != "triton":
+        return False
+    from quasr.kernels.triton_linear import route
 
-    places: Places
-    prompts: Prompts
-    last: Tensor
-
-    @classmethod
-    def of(cls, lengths: Sequence[int], offsets: Sequence[int], device: torch.device) -> _Packed:
-        starts = np.cumsum([0, *lengths])
-        rows = np.arange(starts[-1]) - np.repeat(starts[:-1], lengths)
-        begins = to_device(offsets, device)
-        places = Places(
-            to_device(np.repeat(offsets, lengths), device),
-            to_device(rows, device),
-            torch.zeros(len(rows), dtype=torch.bool, device=device),
-        )
-        prompts = Prompts(tuple(lengths), tuple(offsets), to_device(starts.astype(np.int32), device), begins)
-        return cls(places, prompts, to_device(starts[1:] - 1, device))
+    return route(matrix, m) == "torch"
 
 
 def _draft_places(state: DecodeState, count: int) -> Places:

@@ -10,6 +10,7 @@ import time
 from collections import deque
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,7 +21,7 @@ from quasr.engine import scheduler
 from quasr.engine.base import ClipResult, EngineStats, Reporting, Ticket, belongs, nan_error, run_group
 from quasr.engine.fast import FastDecoder
 from quasr.engine.fast_audio import LARGE_SLICE, FastEncoder
-from quasr.engine.graphs import GraphedEncoder, GraphedPrefill
+from quasr.engine.graphs import GraphedEncoder, GraphedPrefill, GraphMemory, Graphs
 from quasr.engine.prompts import embed_prompts, prompt_length
 from quasr.engine.row import Row
 from quasr.engine.rows import Clip, Rows
@@ -112,9 +113,12 @@ class FastEngine(Reporting):
         self._steps = Steps(self._decoder, graphs=graphs)
         # Their graphs hold memory of their own, for which a plan has no room.
         roomy = graphs and self._options.cache_bytes is None
-        self._prefill = GraphedPrefill(self._decoder) if roomy else self._decoder
+        # One memory: a clip's audio vectors are in its prompt before the prompt is computed, and that prompt's first
+        # token is chosen before the next clip is encoded.
+        launch = partial(Graphs, memory=GraphMemory())
+        self._prefill = GraphedPrefill(self._decoder, launch) if roomy else self._decoder
         encoder = FastEncoder.from_model(model.encoder, kernels, LARGE_SLICE if roomy else STEM_SLICE)
-        self._encode = GraphedEncoder(encoder).encode if roomy else encoder.encode
+        self._encode = GraphedEncoder(encoder, launch).encode if roomy else encoder.encode
         self._stats = EngineStats()
         self._spans = Spans(self._stats, placement.device)
         self._submitted = 0

@@ -9,13 +9,14 @@ from __future__ import annotations
 from bisect import bisect_left
 from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
+from weakref import WeakSet
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
+from quasr.engine.packed import Packed, lay_out
 from quasr.engine.steps import finish_replays
-from quasr.kernels.state import Places
+from quasr.kernels import reference
 from quasr.model.transfer import to_device
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
     from quasr.engine.fast import FastDecoder
     from quasr.engine.fast_audio import FastEncoder
+    from quasr.kernels.dispatch import Kernels
     from quasr.kernels.state import CachePool
 
 Launch: TypeAlias = "Callable[[Callable[..., Tensor]], Callable[..., Tensor]]"
@@ -36,26 +38,58 @@ WINDOW_ROWS = (1, 2, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 64, 80)
 WINDOWS_A_ROW = 2
 """Windows for each of them: the last one of a clip is seldom full."""
 
-PROMPT_TOKENS = (128, 256, 384, 512, 640, 768, 896, 1024)
+FEW_TOKENS = tuple(range(128, 1025, 128))
 """Tokens of prompts that prefill is captured for. Beyond, each token reading the cache for itself is too much work."""
+
+PACKED_TOKENS = (*FEW_TOKENS, *range(1280, 8193, 256))
+"""The same where whole prompts are attended in a graph: up to the largest part that the fast engine forms."""
+
+PACKED_PROMPTS = (4, 16, 64, 256)
+"""Prompts in a graph. One that is empty costs next to nothing."""
+
+MOST_GRAPHS = 16
+"""Graphs of a function. What comes beyond runs plainly: to drop another would cost a wait and a capture each time."""
+
+
+class GraphMemory:
+    """The pool of memory of many graphs, of which one runs at a time: what one computes lies where others did.
+
+    A result is therefore valid until the next call of any of them.
+    """
+
+    def __init__(self) -> None:
+        self._graphs: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
+        self._pool: torch.cuda._POOL_HANDLE | None = None
+
+    def capture(self, function: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        """A graph of `function`, and the output that it will write."""
+        if not self._graphs:
+            # A pool without graphs is gone.
+            self._pool = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            output = function()
+        self._graphs.add(graph)
+        return graph, output
 
 
 class Graphs:
-    """`function` from CUDA graphs, one for each shape of its inputs. They share one pool of memory.
+    """`function` from CUDA graphs, one for each shape of its inputs, which it may overwrite.
 
-    A result is valid until the next call.
+    A result is valid until the next call of what shares `memory`.
     """
 
-    def __init__(self, function: Callable[..., Tensor]) -> None:
+    def __init__(self, function: Callable[..., Tensor], memory: GraphMemory) -> None:
         self._function = function
+        self._memory = memory
         self._seen: set[tuple[torch.Size, ...]] = set()
         self._captured: dict[tuple[torch.Size, ...], tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...], Tensor]] = {}
-        self._memory: torch.cuda._POOL_HANDLE | None = None
+        self._inputs: dict[int, Tensor] = {}
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         shapes = tuple(one.shape for one in inputs)
         if shapes not in self._captured:
-            if shapes not in self._seen:
+            if shapes not in self._seen or len(self._captured) == MOST_GRAPHS:
                 self._seen.add(shapes)
                 return self._function(*inputs)
             self._captured[shapes] = self._capture(inputs)
@@ -66,19 +100,26 @@ class Graphs:
         return output
 
     def _capture(self, inputs: Sequence[Tensor]) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...], Tensor]:
-        static = tuple(torch.empty_like(one) for one in inputs)
-        if self._memory is None:
-            self._memory = torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._memory):
-            output = self._function(*static)
+        static = tuple(self._room(place, one) for place, one in enumerate(inputs))
+        graph, output = self._memory.capture(partial(self._function, *static))
         return graph, static, output
+
+    def _room(self, place: int, like: Tensor) -> Tensor:
+        """Memory for one input, the same for all graphs that find it large enough. It lies outside of the pool, whose
+        other graphs write where this one's inputs would be."""
+        if place not in self._inputs or self._inputs[place].nbytes < like.nbytes:
+            size = 1 << (like.nbytes - 1).bit_length()
+            self._inputs[place] = torch.empty(size, dtype=torch.uint8, device=like.device)
+        return self._inputs[place][: like.nbytes].view(like.dtype).view(like.shape)
 
 
 class GraphedEncoder:
-    """`FastEncoder.encode` with stem and layers padded to sizes that `launch` can repeat."""
+    """`FastEncoder.encode` with stem and layers padded to sizes that `launch` can repeat.
 
-    def __init__(self, encoder: FastEncoder, launch: Launch = Graphs) -> None:
+    Results are valid until the next call of what shares memory with it.
+    """
+
+    def __init__(self, encoder: FastEncoder, launch: Launch) -> None:
         self._encoder = encoder
         self._stem = launch(encoder.stem)
         self._transform = launch(encoder.transform)
@@ -104,9 +145,12 @@ class GraphedEncoder:
 
 
 class GraphedPrefill:
-    """`FastDecoder.prefill` of few tokens, padded to sizes that `launch` can repeat; more tokens run plainly."""
+    """`FastDecoder.prefill`, padded to sizes that `launch` can repeat; more tokens or prompts run plainly.
 
-    def __init__(self, decoder: FastDecoder, launch: Launch = Graphs) -> None:
+    Results are valid until the next call of what shares memory with it.
+    """
+
+    def __init__(self, decoder: FastDecoder, launch: Launch) -> None:
         self._decoder = decoder
         self._launch = launch
         self._cache: CachePool | None = None
@@ -120,18 +164,23 @@ class GraphedPrefill:
 
     def prefill(self, embeddings: Tensor, lengths: Sequence[int], offsets: Sequence[int], cache: CachePool) -> Tensor:
         """As `FastDecoder.prefill`."""
-        count = len(embeddings)
-        if count > PROMPT_TOKENS[-1]:
+        sizes = PACKED_TOKENS if attends_whole(self._decoder.kernels) else FEW_TOKENS
+        count, prompts = len(embeddings), len(lengths)
+        if count > sizes[-1] or prompts > PACKED_PROMPTS[-1]:
             return self._decoder.prefill(embeddings, lengths, offsets, cache)
         if self._run is None or self._cache is not cache:
             self._cache, self._run = cache, self._launch(partial(self._fill, cache))
-        missing = PROMPT_TOKENS[bisect_left(PROMPT_TOKENS, count)] - count
-        positions = np.concatenate([np.arange(length) for length in (*lengths, missing)])
-        begins = np.repeat([*offsets, 0], [*lengths, missing])
-        idle = np.arange(count + missing) >= count
-        places = (to_device(one, embeddings.device) for one in (begins, positions, idle))
-        x = self._run(F.pad(embeddings, (0, 0, 0, missing)), *places)
-        return x[to_device(np.cumsum(lengths) - 1, embeddings.device)]
+        tokens, room = sizes[bisect_left(sizes, count)], PACKED_PROMPTS[bisect_left(PACKED_PROMPTS, prompts)]
+        layout = to_device(lay_out(lengths, offsets, tokens, room), embeddings.device)
+        return self._run(F.pad(embeddings, (0, 0, 0, tokens - count)), layout)[:prompts]
 
-    def _fill(self, cache: CachePool, x: Tensor, begins: Tensor, positions: Tensor, idle: Tensor) -> Tensor:
-        return self._decoder.prefill_tokens(x, Places(begins, positions, idle), cache)
+    def _fill(self, cache: CachePool, x: Tensor, layout: Tensor) -> Tensor:
+        packed = Packed.read(layout, len(x))
+        if attends_whole(self._decoder.kernels):
+            return self._decoder.prefill_packed(x, packed, cache)
+        return self._decoder.prefill_tokens(x, packed.places, cache)[packed.last]
+
+
+def attends_whole(kernels: Kernels) -> bool:
+    """Whether whole prompts can be attended in a graph, by what the device knows of them. The reference cannot."""
+    return kernels.attend_prompts is not reference.attend_prompts
