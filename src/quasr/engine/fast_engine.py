@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -22,10 +22,13 @@ from quasr.engine.base import ClipResult, EngineStats, Reporting, Ticket, belong
 from quasr.engine.fast import FastDecoder
 from quasr.engine.fast_audio import LARGE_SLICE, FastEncoder
 from quasr.engine.graphs import GraphedEncoder, GraphedPrefill, GraphMemory, Graphs
-from quasr.engine.prompts import embed_prompts, prompt_length
+from quasr.engine.mel_torch import LARGE_SLICE as LARGE_MEL_SLICE
+from quasr.engine.mel_torch import SLICE_FRAMES
+from quasr.engine.prompts import AudioSide, embed_prompts, prompt_length
 from quasr.engine.row import Row
 from quasr.engine.rows import Clip, Rows
 from quasr.engine.spans import Spans
+from quasr.engine.staging import Staging
 from quasr.engine.steps import BUCKETS, Steps, finish_replays
 from quasr.engine.torch_engine import memory_advice, network_info
 from quasr.errors import OptionError
@@ -36,6 +39,8 @@ from quasr.model.transfer import to_device
 if TYPE_CHECKING:
     from collections.abc import Collection, Hashable, Iterator, Sequence
     from contextlib import AbstractContextManager
+
+    from torch import Tensor
 
     from quasr.engine.base import ClipRequest
     from quasr.engine.device import Placement
@@ -118,7 +123,9 @@ class FastEngine(Reporting):
         launch = partial(Graphs, memory=GraphMemory())
         self._prefill = GraphedPrefill(self._decoder, launch) if roomy else self._decoder
         encoder = FastEncoder.from_model(model.encoder, kernels, LARGE_SLICE if roomy else STEM_SLICE)
-        self._encode = GraphedEncoder(encoder, launch).encode if roomy else encoder.encode
+        encode = GraphedEncoder(encoder, launch).encode if roomy else encoder.encode
+        self._audio = AudioSide(encoder.config, encode, LARGE_MEL_SLICE if roomy else SLICE_FRAMES)
+        self._staging = Staging.on(placement.device)
         self._stats = EngineStats()
         self._spans = Spans(self._stats, placement.device)
         self._submitted = 0
@@ -175,13 +182,14 @@ class FastEngine(Reporting):
         """As `Engine.close`; `submit` raises RuntimeError afterwards."""
         if self._device.type == "cuda":
             finish_replays()
+        self._staging.close()
         self._model = None
         self._forget_clips()
         self._cache = None
         if isinstance(self._prefill, GraphedPrefill):
             # It and its graphs hold each other, and with them the weights.
             self._prefill.forget()
-        del self._decoder, self._steps, self._rows, self._prefill, self._encode
+        del self._decoder, self._steps, self._rows, self._prefill, self._audio
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -223,22 +231,24 @@ class FastEngine(Reporting):
         if self._starting and self._fit_cache():
             starting, self._starting = self._starting, []
             self._fit_rows(starting)
-            for part in self._parts(starting):
-                self._start(part)
+            parts = list(self._parts(starting))
+            with closing(self._staging.send([[clip.request.samples for clip in part] for part in parts])) as samples:
+                for part in parts:
+                    self._start(part, samples)
 
     def _parts(self, clips: Sequence[Clip]) -> Iterator[list[Clip]]:
         """Clips whose prompts are computed together: one, or as many as the share of the cache allows."""
         assert self._cache is not None
         most = min(max(self._cache.positions // PREFILL_SHARE, LEAST_PREFILL), MOST_PREFILL)
         for part in even_parts([clip.place.prompt for clip in clips], most):
-            yield [clips[index] for index in part]
+            # Those with a draft come last, because they may begin with several tokens.
+            yield sorted((clips[index] for index in part), key=lambda clip: len(clip.draft))
 
-    def _start(self, clips: list[Clip]) -> None:
-        """Puts clips into rows with their first token; those with a draft last, and perhaps with more tokens."""
+    def _start(self, clips: Sequence[Clip], samples: Iterator[Tensor]) -> None:
+        """Puts clips, whose samples come next, into rows: with their first token, or more where there is a draft."""
         assert self._cache is not None
-        clips.sort(key=lambda clip: len(clip.draft))
         with self._spans.measure("encode_seconds"):
-            x = embed_prompts(self._network.encoder, self._encode, self._decoder, [clip.request for clip in clips])
+            x = embed_prompts(self._audio, self._decoder, [clip.request for clip in clips], next(samples))
         with self._spans.measure("prefill_seconds"):
             lengths, offsets = [clip.place.prompt for clip in clips], [clip.begin for clip in clips]
             self._rows.admit(clips, self._decoder.choose(self._prefill.prefill(x, lengths, offsets, self._cache)))

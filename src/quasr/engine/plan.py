@@ -228,8 +228,8 @@ def position_bytes(config: ModelConfig, target: Target) -> int:
 
 
 def mel_bytes(config: ModelConfig, work: Work) -> int:
-    """The samples; a slice's windows in fp32, their spectrum and three times its power in fp64; the frames so far."""
-    windows = min(MEL_SLICE, work.batch * work.frames) * (400 * 4 + 201 * (16 + 3 * 8))
+    """The samples; a slice's windows and their spectrum in fp64; the frames."""
+    windows = min(MEL_SLICE, work.batch * work.frames) * (400 + 2 * 201) * 8
     return work.batch * work.frames * (160 + config.audio.mel_bins) * 4 + windows
 
 

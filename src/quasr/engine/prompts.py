@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
-from itertools import accumulate
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
 from quasr.engine.mel_torch import frame_count, packed_log_mel
-from quasr.model.transfer import to_device
+from quasr.model.transfer import all_to_device
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from numpy.typing import NDArray
     from torch import Tensor
 
     from quasr.engine.base import ClipRequest
     from quasr.engine.fast import FastDecoder
     from quasr.model.config import AudioConfig
-    from quasr.model.encoder import AudioEncoder
 
 
 Encode: TypeAlias = "Callable[[Tensor, Sequence[int]], Tensor]"
+
+
+@dataclass(frozen=True, slots=True)
+class AudioSide:
+    """What makes audio vectors of samples. `encode`: `AudioEncoder.encode` or what takes its place; `mel_slice`: frames
+    transformed at a time."""
+
+    config: AudioConfig
+    encode: Encode
+    mel_slice: int
 
 
 def prompt_length(config: AudioConfig, request: ClipRequest) -> int:
@@ -29,26 +39,27 @@ def prompt_length(config: AudioConfig, request: ClipRequest) -> int:
     return len(request.prefix) + config.token_count(frame_count(len(request.samples))) + len(request.suffix)
 
 
-def embed_prompts(
-    encoder: AudioEncoder, encode: Encode, decoder: FastDecoder, requests: Sequence[ClipRequest]
-) -> Tensor:
+def embed_prompts(audio: AudioSide, decoder: FastDecoder, requests: Sequence[ClipRequest], samples: Tensor) -> Tensor:
     """(sum of the prompts' lengths, hidden) fp32, prompt after prompt. Nothing waits for the device.
 
-    `encode` is `encoder.encode` or what takes its place.
+    samples: those of the requests, as `mel_torch.join` joins them, on the device.
     """
-    device = encoder.linear_2.weight.device
-    mel = packed_log_mel([request.samples for request in requests], encoder.config.mel_bins, device)
-    frames = [frame_count(len(request.samples)) for request in requests]
-    audio = encode(mel, frames)
-    ids, places = _lay_out(requests, [encoder.config.token_count(count) for count in frames])
-    x = decoder.embed(to_device(ids, device))
-    return x.index_copy_(0, to_device(places, device), audio.to(x.dtype))
+    lengths = [len(request.samples) for request in requests]
+    frames = [frame_count(length) for length in lengths]
+    mel = packed_log_mel(samples, lengths, audio.config.mel_bins, audio.mel_slice)
+    vectors = audio.encode(mel, frames)
+    layout = _lay_out(requests, [audio.config.token_count(count) for count in frames])
+    ids, places = all_to_device(layout, samples.device)
+    x = decoder.embed(ids)
+    return x.index_copy_(0, places, vectors.to(x.dtype))
 
 
-def _lay_out(requests: Sequence[ClipRequest], audio: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+def _lay_out(requests: Sequence[ClipRequest], audio: Sequence[int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Token ids of all prompts, 0 where audio comes, and the places where it does."""
-    ids = [[*one.prefix, *[0] * count, *one.suffix] for one, count in zip(requests, audio, strict=True)]
-    begins = accumulate(map(len, ids[:-1]), initial=0)
-    firsts = [begin + len(one.prefix) for begin, one in zip(begins, requests, strict=True)]
-    places = [np.arange(first, first + count) for first, count in zip(firsts, audio, strict=True)]
-    return np.concatenate([np.array(one, np.int64) for one in ids]), np.concatenate(places)
+    sizes = [
+        size for one, count in zip(requests, audio, strict=True) for size in (len(one.prefix), count, len(one.suffix))
+    ]
+    heard = np.repeat(np.tile([False, True, False], len(requests)), sizes)
+    ids = np.zeros(len(heard), np.int64)
+    ids[~heard] = [token for one in requests for token in (*one.prefix, *one.suffix)]
+    return ids, np.flatnonzero(heard)

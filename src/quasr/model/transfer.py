@@ -19,3 +19,8 @@ def to_device(values: NDArray[Any] | Sequence[int], device: torch.device) -> Ten
     """A tensor on `device`, a list as int64. Copies to a GPU go through page-locked memory, in stream order."""
     host = torch.from_numpy(values) if isinstance(values, np.ndarray) else torch.tensor(values, dtype=torch.int64)
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+
+
+def all_to_device(arrays: Sequence[NDArray[np.int64]], device: torch.device) -> tuple[Tensor, ...]:
+    """`to_device` of several (n,) arrays by one copy, whose parts they share."""
+    return to_device(np.concatenate(arrays), device).split([len(one) for one in arrays])
