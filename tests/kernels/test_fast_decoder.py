@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,7 +11,8 @@ from fast_samples import DEVICE, SMALL, UNTIED, decode_plainly, random_decoder, 
 
 from quasr.engine.fast import FastDecoder, refusal
 from quasr.errors import OptionError
-from quasr.kernels.dispatch import choose
+from quasr.kernels import reference
+from quasr.kernels.dispatch import choose, plain
 from quasr.kernels.state import DecodeState, Places
 from quasr.model.config import read_config
 from quasr.quant.linear import Int8Linear
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from quasr.kernels.matrix import Matrix
     from quasr.kernels.state import CachePool
     from quasr.model.config import TextConfig
     from quasr.model.decoder import Decoder
@@ -177,6 +180,30 @@ def test_a_prompt_of_one_clip_is_the_same_among_others() -> None:
     for row, (start, end) in enumerate(pairwise(ends)):
         alone = quick.prefill(prompts[row], [end - start], [0], quick.allocate_cache(end - start))
         torch.testing.assert_close(together[row], alone[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("rows", "sums"), [(4, 2 * SMALL.layers), (5, 0)])
+@torch.inference_mode()
+def test_sums_after_products_of_torch_are_made_by_the_next_norm(rows: int, sums: int) -> None:
+    """Triton's table leaves 5 rows in fp32 to torch. The numbers are the same to the bit."""
+    pytest.importorskip("triton")
+    decoder, cpu = random_decoder(SMALL, "none", 9).cpu(), torch.device("cpu")
+    made: list[int] = []
+
+    def add(x: Tensor, matrix: Matrix, residual: Tensor) -> None:
+        made.append(len(x))
+        reference.add_linear(x, matrix, residual)
+
+    table = plain("a test")
+    hidden = []
+    for kernels in (table, replace(table, name="triton", add_linear=add)):
+        quick = FastDecoder.from_model(decoder, kernels)
+        cache = quick.allocate_cache(rows)
+        places = Places(torch.arange(rows), torch.zeros(rows, dtype=torch.int64), torch.zeros(rows, dtype=torch.bool))
+        x = torch.randn(rows, SMALL.hidden, generator=torch.Generator(cpu).manual_seed(1))
+        hidden.append(quick.prefill_tokens(x, places, cache))
+    assert torch.equal(*hidden)
+    assert made == [rows] * sums
 
 
 def test_refuses_what_it_cannot_run() -> None:

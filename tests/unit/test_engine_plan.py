@@ -19,6 +19,7 @@ from quasr.engine.base import ClipRequest, token_budget
 from quasr.engine.device import Placement
 from quasr.engine.fast import FastDecoder
 from quasr.engine.fast_engine import FastEngine
+from quasr.engine.graphs import PACKED_TOKENS, GraphedPrefill
 from quasr.engine.plan import (
     CUDA_CONTEXT,
     Candidate,
@@ -36,6 +37,7 @@ from quasr.engine.plan import (
 )
 from quasr.engine.torch_engine import TorchEngine
 from quasr.errors import OptionError, ResourceError
+from quasr.kernels import reference
 from quasr.kernels.dispatch import plain
 from quasr.model import encoder
 from quasr.model.asr import Qwen3ASR
@@ -46,6 +48,11 @@ from quasr.quant.recipe import recipe_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from torch import Tensor
+
+    from quasr.kernels.matrix import Heads
+    from quasr.kernels.state import Prompts
 
 
 def shape(audio: tuple[int, ...], text: tuple[int, ...]) -> ModelConfig:
@@ -283,6 +290,34 @@ def test_packed_prefill_holds_what_is_planned(config: ModelConfig, compute_type:
 
     planned = planning.packed_prefill_bytes(config, Target("cuda", "fp32"), work, recipe)
     assert planned == pytest.approx(allocated(prefill), rel=0.05)
+
+
+def attend_by_device(q: Tensor, keys: Tensor, values: Tensor, prompts: Prompts, heads: Heads) -> Tensor:
+    """The reference for prompts that only the device knows."""
+    lengths, offsets = tuple(prompts.starts.diff().tolist()), tuple(prompts.begins.tolist())
+    return reference.attend_prompts(q, keys, values, replace(prompts, lengths=lengths, offsets=offsets), heads)
+
+
+@pytest.mark.parametrize(
+    ("config", "compute_type"),
+    [(INNER_HEAVY, "fp32"), (QUERY_HEAVY, "fp32"), (WEIGHT_HEAVY, "int8")],
+    ids=["inner width", "queries", "weights"],
+)
+@torch.inference_mode()
+def test_prefill_in_a_graph_holds_no_more(config: ModelConfig, compute_type: str) -> None:
+    """Four prompts that fill a graph: the same two residuals, the same fullest stage."""
+    torch.manual_seed(0)
+    model, recipe = Qwen3ASR(config).requires_grad_(False).eval(), recipe_for(compute_type)
+    quantise(model, recipe)
+    decoder = FastDecoder.from_model(model.decoder, replace(plain("a test"), attend_prompts=attend_by_device))
+    work = Work(5, 4, prompt=PACKED_TOKENS[2] // 4 - config.audio.token_count(500))
+    length = work.prompt_length(config)
+    assert 4 * length in PACKED_TOKENS
+    cache, prefill = decoder.allocate_cache(4 * length), GraphedPrefill(decoder, lambda function: function)
+    offsets = [length * row for row in range(4)]
+    held = allocated(lambda: prefill.prefill(torch.ones(4 * length, config.text.hidden), [length] * 4, offsets, cache))
+    planned = planning.packed_prefill_bytes(config, Target("cuda", "fp32"), work, recipe)
+    assert planned == pytest.approx(held, rel=0.05)
 
 
 @pytest.mark.slow
