@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 HEADS_AT_ONCE = 8
 """That a warp rotates: it has 16 bytes of four heads in each load, and waits for two such loads."""
+PROMPTS = 32
+"""Fewer are looked for as so many are, so that one kernel serves them."""
 QUERIES, KEYS = 128, 64
 """Rows of a program of attention, tokens times the heads that share a key head; and keys of a step. Both are the same
 for all prompts, so that a token's numbers do not depend on what it is computed beside."""
@@ -40,7 +42,7 @@ def turned(x, where, known, norm, cosine, sine, eps, SIZE: tl.constexpr, FP: tl.
     return low * cosine[None, :] - high * sine[None, :], high * cosine[None, :] + low * sine[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=("offsets", "lengths"))
 def rotation(
     x, keys, values, offsets, lengths, idle, q_norm, k_norm, rates, out, q_eps, k_eps, positions,
     HEADS: tl.constexpr, KV: tl.constexpr, SIZE: tl.constexpr, FP: tl.constexpr, BH: tl.constexpr, PDL: tl.constexpr,
@@ -95,9 +97,9 @@ def look(query, keys, values, here, known, p, token, scale, state, DIAGONAL: tl.
     return raised, weight, sums
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("prompts",), do_not_specialize_on_alignment=("starts", "begins"))
 def attention(
-    q, keys, values, starts, offsets, out, scale, positions, prompts,
+    q, keys, values, starts, begins, out, scale, positions, prompts,
     HEADS: tl.constexpr, KV: tl.constexpr, SIZE: tl.constexpr, GP: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, PP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -121,7 +123,7 @@ def attention(
         where = ((start + token).to(tl.int64) * HEADS + kv * GROUP + g)[:, None] * SIZE + d[None, :]
         mine = ((token < count) & (g < GROUP))[:, None] & (d < SIZE)[None, :]
         query = tl.load(q + where, mask=mine, other=0)
-        base = (kv.to(tl.int64) * positions + tl.load(offsets + prompt)) * SIZE
+        base = (kv.to(tl.int64) * positions + tl.load(begins + prompt)) * SIZE
         keys += base
         values += base
         state = (
@@ -166,7 +168,7 @@ def attend_prompts(q: Tensor, keys: Tensor, values: Tensor, prompts: Prompts, he
     attention[heads.kv_count, len(q) // (rows // group) + count](
         q, keys, values, prompts.starts, prompts.begins, out, heads.size**-0.5 * LOG2_E, keys.shape[1], count,
         HEADS=heads.count, KV=heads.kv_count, SIZE=heads.size, GP=group, DP=block(heads.size, LEAST_DOT), BM=rows,
-        BN=KEYS, PP=block(count), PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        BN=KEYS, PP=block(count, PROMPTS), PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         num_warps=8, num_stages=2,
     )  # fmt: skip
     return out
