@@ -81,9 +81,10 @@ typedef struct {
     int64_t tokens, outputs;
 } request;
 
-/* int16 codes (columns / span, tokens, span) and float scales (columns / span, tokens). */
+/* int16 codes (columns / span, tokens, span), and the sums of those and their scales (columns / span, tokens). */
 typedef struct {
     int16_t *codes;
+    int32_t *sums;
     float *scales;
     int64_t tokens;
 } quantised;
@@ -243,17 +244,23 @@ static void quantise(const quantised *q, int64_t token, const float *x, const ma
     for (int64_t g = 0; g < m->columns / m->span; ++g, x += m->span) {
         int16_t *codes = q->codes + (g * q->tokens + token) * m->span;
         float top = largest(x, m->span), inverse = top > 1e-30f ? 32767.0f / top : 0.0f;
-        q->scales[g * q->tokens + token] = top / 32767.0f;
+        ints total = {0};
         for (int64_t i = 0; i < m->span; i += LANES) {
             ints whole = nearest(load(x + i) * inverse);
             for (int lane = 0; lane < LANES; ++lane) codes[place(i + lane, m->span, m->kind)] = (int16_t)whole[lane];
+            total += whole;
         }
+        q->scales[g * q->tokens + token] = top / 32767.0f;
+        q->sums[g * q->tokens + token] = 0;
+        for (int lane = 0; lane < LANES; ++lane) q->sums[g * q->tokens + token] += total[lane];
     }
 }
 
 /* --- products ----------------------------------------------------------------------------------------------------- */
 
 INLINE int64_t clamp(int64_t index, int64_t last) { return index < last ? index : last; }
+
+INLINE int zero_of(enum kind kind) { return kind == BYTES ? 128 : kind == NIBBLES ? 8 : 0; }
 
 INLINE int64_t bytes(const matrix *m, int64_t columns) { return m->kind == NIBBLES ? columns / 2 : columns; }
 
@@ -273,23 +280,20 @@ INLINE __m512i add_products(__m512i sum, __m512i a, __m512i b) {
     return sum;
 }
 
-/* The index-th 32 codes of a group, minus their zero, in the order of `place`. */
+/* The index-th 32 codes of a group in the order of `place`, with their zero. */
 INLINE __m512i widen(const uint8_t *group, int64_t index, int64_t span, enum kind kind) {
     if (kind != NIBBLES) {
         __m256i codes = _mm256_loadu_si256((const __m256i *)(group + CODES * index));
-        if (kind == SIGNED) return _mm512_cvtepi8_epi16(codes);
-        return _mm512_sub_epi16(_mm512_cvtepu8_epi16(codes), _mm512_set1_epi16(128));
+        return kind == SIGNED ? _mm512_cvtepi8_epi16(codes) : _mm512_cvtepu8_epi16(codes);
     }
-    __m512i found, low = _mm512_set1_epi16(15);
+    const __m512i low = _mm512_set1_epi16(15);
     if (span < 2 * CODES) {
         __m256i pairs = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)group));
-        found = _mm512_inserti64x4(_mm512_castsi256_si512(pairs), _mm256_srli_epi16(pairs, 4), 1);
-        found = _mm512_and_si512(found, low);
-    } else {
-        __m512i pairs = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(group + CODES * (index / 2))));
-        found = index % 2 ? _mm512_srli_epi16(pairs, 4) : _mm512_and_si512(pairs, low);
+        __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(pairs), _mm256_srli_epi16(pairs, 4), 1);
+        return _mm512_and_si512(both, low);
     }
-    return _mm512_sub_epi16(found, _mm512_set1_epi16(8));
+    __m512i pairs = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(group + CODES * (index / 2))));
+    return index % 2 ? _mm512_srli_epi16(pairs, 4) : _mm512_and_si512(pairs, low);
 }
 
 /* The sum of each of 16 vectors, in its lane. */
@@ -330,43 +334,42 @@ INLINE void turn(__m512i *to, int step, const __m512i *v) {
     }
 }
 
-INLINE floats scales_of(const matrix *m, int64_t row, int64_t column) {
-    floats found;
-    for (int lane = 0; lane < LANES; ++lane) found[lane] = row_scale(m, row + lane, column);
-    return found;
+/* Scales of 16 rows from `row` on for group `g` of activations; the last row's where there are no more. */
+INLINE floats scales_of(const matrix *m, int64_t row, int64_t g) {
+    const int64_t groups = m->columns / m->group, own = m->group == m->span ? g : g * m->span / m->group;
+    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    __m512i index = _mm512_min_epi32(lanes, _mm512_set1_epi32((int)clamp(m->rows - 1 - row, LANES)));
+    index = _mm512_mullo_epi32(index, _mm512_set1_epi32((int)groups));
+    return (floats)_mm512_i32gather_ps(index, m->scales + row * groups + own, sizeof(float));
 }
 
-/* Sixteen rows times `count` tokens, rows read as they lie: for steps, which wait for memory. */
+/* Sixteen rows times `count` tokens, a group of each row at a time, read as it lies: for steps, which wait for memory.
+   So few codes lie between two sums that the processor reads the next ones while it adds these. */
 INLINE void few_tokens(const matrix *m, int64_t row, const quantised *q, int64_t token, int count, int64_t span,
                        enum kind kind, floats *out) {
-    enum { GROUPS = 8 };
-    __m512i slots[GROUPS][LANES];
-    const int at_once = GROUPS / count;
-    const int64_t groups = m->columns / span, size = bytes(m, span), ahead = 4 * bytes(m, m->columns);
+    const int64_t groups = m->columns / span, size = kind == NIBBLES ? span / 2 : span;
+    const int64_t ahead = LANES * bytes(m, m->columns);
+    __m512i slots[4][LANES];
     for (int t = 0; t < count; ++t) out[t] = (floats){0};
-    for (int64_t first = 0; first < groups; first += at_once) {
-        int64_t some = groups - first < at_once ? groups - first : at_once;
+    for (int64_t g = 0; g < groups; ++g) {
+        const int16_t *x = q->codes + (g * q->tokens + token) * span;
         for (int lane = 0; lane < LANES; ++lane) {
-            const uint8_t *codes = row_codes(m, row + lane) + first * size;
-            for (int64_t g = 0; g < some; ++g, codes += size) {
-                __m512i sum[4] = {0};
-                for (int64_t byte = 0; byte < size; byte += LINE) __builtin_prefetch(codes + ahead + byte);
-                for (int64_t i = 0; i < span / CODES; ++i) {
-                    __m512i weight = widen(codes, i, span, kind);
-                    for (int t = 0; t < count; ++t) {
-                        const int16_t *x = q->codes + ((first + g) * q->tokens + token + t) * span + CODES * i;
-                        sum[t] = _mm512_dpwssd_epi32(sum[t], weight, _mm512_loadu_si512(x));
-                    }
-                }
-                for (int t = 0; t < count; ++t) slots[g * count + t][lane] = sum[t];
+            const uint8_t *codes = row_codes(m, row + lane) + g * size;
+            __m512i total[4];
+            for (int t = 0; t < count; ++t) total[t] = _mm512_setzero_si512();
+            for (int64_t byte = 0; byte < size; byte += LINE) __builtin_prefetch(codes + ahead + byte);
+            for (int64_t i = 0; i < span / CODES; ++i) {
+                __m512i weight = widen(codes, i, span, kind);
+                for (int t = 0; t < count; ++t)
+                    total[t] = add_products(total[t], weight, _mm512_loadu_si512(x + t * span + CODES * i));
             }
+            for (int t = 0; t < count; ++t) slots[t][lane] = total[t];
         }
-        for (int64_t g = 0; g < some; ++g) {
-            floats scale = scales_of(m, row, (first + g) * span);
-            for (int t = 0; t < count; ++t) {
-                floats total = (floats)_mm512_cvtepi32_ps(sums(slots[g * count + t]));
-                out[t] += total * (scale * q->scales[(first + g) * q->tokens + token + t]);
-            }
+        floats scale = scales_of(m, row, g);
+        for (int t = 0; t < count; ++t) {
+            int64_t place = g * q->tokens + token + t;
+            __m512i nothing = _mm512_set1_epi32(zero_of(kind) * q->sums[place]);
+            out[t] += (floats)_mm512_cvtepi32_ps(_mm512_sub_epi32(sums(slots[t]), nothing)) * (scale * q->scales[place]);
         }
     }
 }
@@ -393,7 +396,7 @@ INLINE void pack(__m512i *packed, const matrix *m, int64_t row, int64_t first, i
 }
 
 INLINE void many_tokens(floats (*out)[PARTS], const __m512i *packed, const floats *scale, const quantised *q,
-                        int64_t token, int64_t g, int64_t span) {
+                        int64_t token, int64_t g, int64_t span, int zero) {
     __m512i total[TILE][PARTS];
     const int32_t *x[TILE];
     for (int t = 0; t < TILE; ++t) {
@@ -406,9 +409,11 @@ INLINE void many_tokens(floats (*out)[PARTS], const __m512i *packed, const float
             for (int part = 0; part < PARTS; ++part) total[t][part] = add_products(total[t][part], packed[part], both);
         }
     for (int t = 0; t < TILE; ++t) {
-        float x_scale = q->scales[g * q->tokens + clamp(token + t, q->tokens - 1)];
+        int64_t place = g * q->tokens + clamp(token + t, q->tokens - 1);
+        __m512i nothing = _mm512_set1_epi32(zero * q->sums[place]);
         for (int part = 0; part < PARTS; ++part)
-            out[token + t][part] += (floats)_mm512_cvtepi32_ps(total[t][part]) * (scale[part] * x_scale);
+            out[token + t][part] += (floats)_mm512_cvtepi32_ps(_mm512_sub_epi32(total[t][part], nothing)) *
+                                    (scale[part] * q->scales[place]);
     }
 }
 
@@ -420,12 +425,12 @@ static void many(const matrix *m, int64_t row, const quantised *q, int64_t token
     for (int64_t g = 0; g < groups; ++g) {
         int64_t first = g * m->span;
         floats scale[PARTS];
-        for (int part = 0; part < PARTS; ++part) scale[part] = scales_of(m, row + part * LANES, first);
+        for (int part = 0; part < PARTS; ++part) scale[part] = scales_of(m, clamp(row + part * LANES, m->rows - 1), g);
         if (m->kind == BYTES) pack(packed, m, row, first, m->span, BYTES);
         else if (m->kind == SIGNED) pack(packed, m, row, first, m->span, SIGNED);
         else pack(packed, m, row, first, m->span, NIBBLES);
         for (int64_t token = 0; token < tokens; token += TILE)
-            many_tokens(out, packed, scale, q, token, g, m->span);
+            many_tokens(out, packed, scale, q, token, g, m->span, zero_of(m->kind));
     }
 }
 
@@ -434,8 +439,8 @@ static void many(const matrix *m, int64_t row, const quantised *q, int64_t token
 /* One group of a row as int16, in the order of `place`. */
 static void widen(int16_t *to, const uint8_t *codes, const matrix *m) {
     for (int64_t i = 0; i < m->span; ++i)
-        if (m->kind == NIBBLES) to[place(i, m->span, NIBBLES)] = (int16_t)((codes[i / 2] >> (i % 2 * 4) & 15) - 8);
-        else to[i] = (int16_t)(m->kind == SIGNED ? (int8_t)codes[i] : codes[i] - 128);
+        if (m->kind == NIBBLES) to[place(i, m->span, NIBBLES)] = codes[i / 2] >> (i % 2 * 4) & 15;
+        else to[i] = m->kind == SIGNED ? (int8_t)codes[i] : codes[i];
 }
 
 /* `count` rows times `tokens` tokens: out[token * PANEL + row]. */
@@ -449,7 +454,7 @@ static void plain(const matrix *m, int64_t row, int64_t count, const quantised *
             widen(wide, row_codes(m, row + r) + g * bytes(m, m->span), m);
             for (int64_t t = 0; t < tokens; ++t) {
                 const int16_t *x = q->codes + (g * q->tokens + t) * m->span;
-                int32_t total = 0;
+                int32_t total = -zero_of(m->kind) * q->sums[g * q->tokens + t];
                 for (int64_t i = 0; i < m->span; ++i) total += (int32_t)wide[i] * x[i];
                 out[t * PANEL + r] += (float)total * (scale * q->scales[g * q->tokens + t]);
             }
@@ -661,7 +666,7 @@ static void block(team *team, int64_t thread, int64_t begin, int64_t tokens, con
                   float *logits) {
     const network *net = team->net;
     const request *asked = team->asked;
-    quantised q = {team->q.codes, team->q.scales, tokens};
+    quantised q = {team->q.codes, team->q.sums, team->q.scales, tokens};
     int64_t first, count;
     if (thread == 0) memcpy(team->x, asked->embeddings + begin * net->hidden, sizeof(float) * tokens * net->hidden);
     meet(team);
@@ -725,6 +730,7 @@ static size_t lay_out(team *team, char *memory, int64_t tokens, int64_t threads)
         {(void **)&team->wide, tokens * greater(queries + 2 * net->kv_heads * net->head_dim, 2 * net->ffn) * 4},
         {(void **)&team->attended, tokens * queries * 4},
         {(void **)&team->q.codes, tokens * columns * 2},
+        {(void **)&team->q.sums, tokens * columns / CODES * 4},
         {(void **)&team->q.scales, tokens * columns / CODES * 4},
         {(void **)&team->scratch, threads * team->own * 4},
     };

@@ -23,7 +23,7 @@ VARIABLE = "QUASR_NATIVE"
 
 SOURCE = Path(__file__).with_name("decoder.c")
 
-FLAGS = ("-std=c11", "-O3", "-march=native", "-w", "-shared", "-fPIC", "-pthread")
+FLAGS = ("-std=c11", "-O3", "-march=native", "-w", "-fno-math-errno", "-shared", "-fPIC", "-pthread")
 
 COMPILERS = ("cc", "gcc", "clang")
 
