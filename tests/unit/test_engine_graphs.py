@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from quasr.kernels.matrix import Heads
-    from quasr.kernels.state import CachePool, Prompts
+    from quasr.kernels.state import CachePool, Places, Prompts
 
 AUDIO = AudioConfig(layers=2, width=32, heads=2, ffn=64, output=48, mel_bins=16, stem_channels=8)
 TEXT = TextConfig(vocab_size=61, hidden=32, layers=2, heads=4, kv_heads=2, head_dim=8, ffn=64)
@@ -153,6 +153,34 @@ def test_parts_of_similar_lengths_share_a_shape() -> None:
         offsets = [sum(lengths[:i]) for i in range(len(lengths))]
         assert len(prefill.prefill(torch.randn(sum(lengths), TEXT.hidden), lengths, offsets, cache)) == len(lengths)
     assert len(set(recorder.all_shapes)) == 1
+
+
+@torch.inference_mode()
+def test_what_a_graph_of_prompts_holds_reads_nothing_on_the_host() -> None:
+    """On tensors without numbers, of which every read raises; the two kernels of attention have stand-ins."""
+    meta = torch.device("meta")
+    given: list[object] = []
+
+    def rotate(x: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, places: Places, heads: Heads) -> torch.Tensor:
+        given.append((places.offsets.shape, places.lengths.shape, places.idle.dtype))
+        return x[:, : heads.query_width]
+
+    def attend(
+        q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, prompts: Prompts, heads: Heads
+    ) -> torch.Tensor:
+        given.append((prompts.starts.shape, prompts.begins.shape))
+        return q
+
+    kernels = replace(plain("a test"), rotate_write=rotate, attend_prompts=attend)
+    decoder = FastDecoder.from_model(Decoder(TEXT).eval().to(meta), kernels)
+    prefill = GraphedPrefill(decoder, Recorder())
+    lengths = [500, 600]
+    found = prefill.prefill(
+        torch.empty(1100, TEXT.hidden, device=meta), lengths, [0, 500], decoder.allocate_cache(1100)
+    )
+    assert found.shape == (2, TEXT.hidden)
+    layer = [((1280,), (1280,), torch.bool), ((5,), (4,))]
+    assert given == layer * TEXT.layers
 
 
 @pytest.mark.parametrize(
