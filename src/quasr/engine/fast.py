@@ -120,8 +120,8 @@ class FastDecoder:
     def prefill_tokens(self, x: Tensor, places: Places, cache: CachePool) -> Tensor:
         """As `prefill` of embeddings x (m, hidden) fp32, overwritten, whose tokens go to `places`: (m, hidden) fp32.
 
-        Each token reads the cache for itself. That is more work, but it needs no layout made by the host, so a CUDA
-        graph can hold it.
+        Each token reads the cache for itself. That is more work, but a CUDA graph can hold it where prompts are attended
+        by the reference.
         """
         return self._through(x, places, cache, fused=False)
 
