@@ -33,6 +33,7 @@ enum {
 
 typedef float floats __attribute__((vector_size(64)));
 typedef int32_t ints __attribute__((vector_size(64)));
+typedef int16_t shorts __attribute__((vector_size(32)));
 
 /* How a matrix's codes lie: a byte each with zero at 128, two in a byte with zero at 8, low one first, or signed. */
 enum kind { BYTES, NIBBLES, SIGNED };
@@ -232,11 +233,21 @@ static float largest(const float *x, int64_t size) {
     return number;
 }
 
-/* Where the code of a column stands in a group: nibbles of 32 bytes come out as 32 low ones, then 32 high ones. */
-INLINE int64_t place(int64_t column, int64_t span, int64_t kind) {
-    if (kind != NIBBLES) return column;
-    int64_t half = span < 2 * CODES ? span / 2 : CODES;
-    return column / (2 * half) * (2 * half) + column % 2 * half + column % (2 * half) / 2;
+/* `half` even ones, then as many odd ones. */
+INLINE void split(int16_t *to, const int16_t *from, const int half) {
+    for (int i = 0; i < half; ++i) {
+        to[i] = from[2 * i];
+        to[half + i] = from[2 * i + 1];
+    }
+}
+
+/* The columns of a group in the order in which their codes are unpacked: 32 bytes of nibbles, or the 16 of a group of
+   32, come out as their low ones, then their high ones. */
+INLINE void arrange(int16_t *to, const int16_t *from, int64_t span, int64_t kind) {
+    if (kind != NIBBLES) memcpy(to, from, sizeof(int16_t) * span);
+    else if (span < 2 * CODES) split(to, from, CODES / 2);
+    else
+        for (int64_t i = 0; i < span; i += 2 * CODES) split(to + i, from + i, CODES);
 }
 
 /* One token's numbers as codes of 16 bits for the columns of `m`. NaN goes into the scale. */
@@ -245,11 +256,14 @@ static void quantise(const quantised *q, int64_t token, const float *x, const ma
         int16_t *codes = q->codes + (g * q->tokens + token) * m->span;
         float top = largest(x, m->span), inverse = top > 1e-30f ? 32767.0f / top : 0.0f;
         ints total = {0};
+        int16_t in_order[SPAN];
         for (int64_t i = 0; i < m->span; i += LANES) {
             ints whole = nearest(load(x + i) * inverse);
-            for (int lane = 0; lane < LANES; ++lane) codes[place(i + lane, m->span, m->kind)] = (int16_t)whole[lane];
+            shorts narrow = __builtin_convertvector(whole, shorts);
+            memcpy(in_order + i, &narrow, sizeof narrow);
             total += whole;
         }
+        arrange(codes, in_order, m->span, m->kind);
         q->scales[g * q->tokens + token] = top / 32767.0f;
         q->sums[g * q->tokens + token] = 0;
         for (int lane = 0; lane < LANES; ++lane) q->sums[g * q->tokens + token] += total[lane];
@@ -280,7 +294,7 @@ INLINE __m512i add_products(__m512i sum, __m512i a, __m512i b) {
     return sum;
 }
 
-/* The index-th 32 codes of a group in the order of `place`, with their zero. */
+/* The index-th 32 codes of a group in the order of `arrange`, with their zero. */
 INLINE __m512i widen(const uint8_t *group, int64_t index, int64_t span, enum kind kind) {
     if (kind != NIBBLES) {
         __m256i codes = _mm256_loadu_si256((const __m256i *)(group + CODES * index));
@@ -436,11 +450,13 @@ static void many(const matrix *m, int64_t row, const quantised *q, int64_t token
 
 #else
 
-/* One group of a row as int16, in the order of `place`. */
+/* One group of a row as int16, in the order of `arrange`. */
 static void widen(int16_t *to, const uint8_t *codes, const matrix *m) {
+    int16_t in_order[SPAN];
     for (int64_t i = 0; i < m->span; ++i)
-        if (m->kind == NIBBLES) to[place(i, m->span, NIBBLES)] = codes[i / 2] >> (i % 2 * 4) & 15;
-        else to[i] = m->kind == SIGNED ? (int8_t)codes[i] : codes[i];
+        if (m->kind == NIBBLES) in_order[i] = codes[i / 2] >> (i % 2 * 4) & 15;
+        else in_order[i] = m->kind == SIGNED ? (int8_t)codes[i] : codes[i];
+    arrange(to, in_order, m->span, m->kind);
 }
 
 /* `count` rows times `tokens` tokens: out[token * PANEL + row]. */
