@@ -120,8 +120,8 @@ class FastDecoder:
     def prefill_tokens(self, x: Tensor, places: Places, cache: CachePool) -> Tensor:
         """As `prefill` of embeddings x (m, hidden) fp32, overwritten, whose tokens go to `places`: (m, hidden) fp32.
 
-        Each token reads the cache for itself. That is more work, but a CUDA graph can hold it where prompts are attended
-        by the reference.
+        Each token reads the cache for itself. That is more work, but a CUDA graph can hold it even where the reference
+        attends prompts.
         """
         return self._through(x, places, cache, fused=False)
 
