@@ -130,7 +130,8 @@ class Rows:
         rows = torch.arange(begin, begin + len(clips), device=self._device)
         idle = torch.zeros(len(clips), dtype=torch.bool, device=self._device)
         self._state.admit(rows, Places(offsets, lengths, idle), limits, first)
-        self._heard[rows] = 0
+        # Not by `rows`: a number that is put where an index tensor says is copied to the device, which waits for it.
+        self._heard[begin : begin + len(clips)] = 0
         for clip in clips:
             clip.sure = 1
         self.clips.extend(clips)
