@@ -23,12 +23,12 @@ def clip(samples: int, seed: int) -> np.ndarray:
     return (10.0 ** -(seed % 5) * rng.standard_normal(samples)).astype(np.float32)
 
 
-def packed(clips: list[np.ndarray], bins: int, slice_frames: int = 4096) -> torch.Tensor:
+def packed(clips: list[np.ndarray], bins: int, slice_frames: int = 4096, device: str = "cpu") -> torch.Tensor:
     """Of memory that holds anything before."""
     lengths = [len(one) for one in clips]
     samples = torch.full((joined_size(lengths),), float("nan"))
     join(clips, samples.numpy())
-    return packed_log_mel(samples, lengths, bins, slice_frames)
+    return packed_log_mel(samples.to(device), lengths, bins, slice_frames).cpu()
 
 
 @pytest.mark.parametrize("slice_frames", [100, FRAMES_MULTIPLE, 10_000])
@@ -62,3 +62,10 @@ def test_numbers_that_are_none_stay_with_their_clip() -> None:
     found = packed(clips, 16).isnan().view(3, -1)
     assert found.all(1).tolist() == [False, True, False]
     assert not found[::2].any()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_makes_the_same_frames() -> None:
+    clips = [clip(length, seed) for seed, length in enumerate(LENGTHS)]
+    expected = np.concatenate([log_mel(one) for one in clips], axis=1).T
+    assert np.abs(packed(clips, 128, device="cuda").numpy() - expected).max() < 1e-5

@@ -165,3 +165,14 @@ def test_what_is_left_behind_can_be_followed_by_more(device: Device, late: Stagi
     found = list(late.send(given))
     device.work(len(device.queue))
     assert_same(found, given)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_that_is_busy_gets_every_part() -> None:
+    given, found = parts(LENGTHS * 3), []
+    late = Staging.on(torch.device("cuda"))
+    for samples in late.send(given):
+        found.append(samples)
+        torch.cuda._sleep(20_000_000)
+    assert_same([samples.cpu() for samples in found], given)
+    late.close()
