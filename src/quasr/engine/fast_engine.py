@@ -17,13 +17,11 @@ import numpy as np
 import torch
 
 from quasr.engine import device as devices
-from quasr.engine import scheduler
+from quasr.engine import mel_torch, scheduler
 from quasr.engine.base import ClipResult, EngineStats, Reporting, Ticket, belongs, nan_error, run_group
 from quasr.engine.fast import FastDecoder
 from quasr.engine.fast_audio import LARGE_SLICE, FastEncoder
 from quasr.engine.graphs import GraphedEncoder, GraphedPrefill, GraphMemory, Graphs
-from quasr.engine.mel_torch import LARGE_SLICE as LARGE_MEL_SLICE
-from quasr.engine.mel_torch import SLICE_FRAMES
 from quasr.engine.prompts import AudioSide, embed_prompts, prompt_length
 from quasr.engine.row import Row
 from quasr.engine.rows import Clip, Rows
@@ -124,7 +122,7 @@ class FastEngine(Reporting):
         self._prefill = GraphedPrefill(self._decoder, launch) if roomy else self._decoder
         encoder = FastEncoder.from_model(model.encoder, kernels, LARGE_SLICE if roomy else STEM_SLICE)
         encode = GraphedEncoder(encoder, launch).encode if roomy else encoder.encode
-        self._audio = AudioSide(encoder.config, encode, LARGE_MEL_SLICE if roomy else SLICE_FRAMES)
+        self._audio = AudioSide(encoder.config, encode, mel_torch.LARGE_SLICE if roomy else mel_torch.SLICE_FRAMES)
         self._staging = Staging.on(placement.device)
         self._stats = EngineStats()
         self._spans = Spans(self._stats, placement.device)

@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 SLICE_FRAMES = 4096
-"""Frames transformed at a time: 13 MB of windows in float64 and as much of their spectrum."""
+"""Most frames transformed at a time: 13 MB of windows in float64 and as much of their spectrum."""
 
-LARGE_SLICE = 32_768
-"""The same where memory is not planned: eight times that, and an eighth of the launches."""
+LARGE_SLICE = 8192
+"""The same where memory is not planned: twice that, and half of the launches."""
 
 FRAMES_MULTIPLE = 256
 """Frames are transformed in such numbers, because cuFFT makes and keeps a plan for each number."""
@@ -60,11 +60,13 @@ def join(clips: Sequence[NDArray[np.float32]], out: NDArray[np.float32]) -> None
 def packed_log_mel(samples: Tensor, lengths: Sequence[int], mel_bins: int, slice_frames: int = SLICE_FRAMES) -> Tensor:
     """Clips of so many samples at 16 kHz, joined in `samples` (joined_size,) -> (frames of all, mel_bins) float32.
 
-    In float64 as `log_mel` is, the filters too: within 1e-5 of it. Nothing waits for the device.
+    In float64 as `log_mel` is, the filters too: within 1e-5 of it. Nothing waits for the device. At most `slice_frames`
+    are transformed at a time, a multiple of FRAMES_MULTIPLE.
     """
     windows = samples.unfold(0, N_FFT, HOP)[: _windows(lengths)]
     mel = samples.new_empty(len(windows), mel_bins)
-    for part, out in zip(windows.split(slice_frames), mel.split(slice_frames), strict=True):
+    size = _even_slice(len(windows), slice_frames)
+    for part, out in zip(windows.split(size), mel.split(size), strict=True):
         _write_decibels(part, out)
     frames, owners = all_to_device(_frames(lengths), samples.device)
     mel = mel.index_select(0, frames)
@@ -76,6 +78,12 @@ def packed_log_mel(samples: Tensor, lengths: Sequence[int], mel_bins: int, slice
 def _windows(lengths: Sequence[int]) -> int:
     hops = sum(map(padded_size, lengths)) // HOP
     return -(-hops // FRAMES_MULTIPLE) * FRAMES_MULTIPLE
+
+
+def _even_slice(windows: int, most: int) -> int:
+    """Windows of each of as few slices as there can be."""
+    slices = -(-windows // most)
+    return -(-windows // (slices * FRAMES_MULTIPLE)) * FRAMES_MULTIPLE
 
 
 def _frames(lengths: Sequence[int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
