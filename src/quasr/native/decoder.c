@@ -128,7 +128,7 @@ static int64_t take(team *team, int64_t items, int64_t *first) {
     long long found = atomic_load_explicit(&team->cursor, memory_order_relaxed), count;
     do {
         if (found >= items) return 0;
-        count = (items - found) / (4 * team->threads);
+        count = (items - found) / (2 * team->threads);
         count = count < 1 ? 1 : count;
     } while (!atomic_compare_exchange_weak_explicit(&team->cursor, &found, found + count, memory_order_relaxed,
                                                     memory_order_relaxed));
@@ -484,10 +484,16 @@ static void put(float *to, const float *from, int64_t count, int add) {
     for (int64_t r = 0; r < count; ++r) to[r] = add ? to[r] + from[r] : from[r];
 }
 
+/* Asks for the sixteen rows that a step reads first; behind them `few_tokens` does. */
+static void ask_ahead(const matrix *m, int64_t row) {
+    for (int64_t byte = 0; byte < LANES * bytes(m, m->columns); byte += LINE) __builtin_prefetch(row_codes(m, row) + byte);
+}
+
 /* Some panels of to (tokens, rows) = x W^T, or += with `add`. */
 static void panels(const matrix *m, int64_t first, int64_t last, const quantised *q, int64_t tokens, float *to,
                    int add) {
     floats out[BLOCK + TILE][PARTS];
+    if (tokens <= FEW) ask_ahead(m, first);
     for (int64_t row = first; row < last; row += PANEL) {
         int64_t count = m->rows - row < PANEL ? m->rows - row : PANEL;
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
