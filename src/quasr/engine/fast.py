@@ -180,20 +180,11 @@ class FastDecoder:
         return (x, matrix, norm) if y is None else (self.kernels.add_rms_norm(x, y, norm), matrix, None)
 
     def _product(self, x: Tensor, matrix: Matrix, residual: Tensor) -> Tensor | None:
-        """residual += x W^T; or x W^T, where torch multiplies, which adds nothing: then the next norm does."""
-        if _torch_multiplies(self.kernels, matrix, len(x)):
+        """residual += x W^T; or x W^T, where the sum would be a kernel of its own: then the next norm makes it."""
+        if self.kernels.sums_apart(matrix, len(x)):
             return self.kernels.linear(x, matrix)
         self.kernels.add_linear(x, matrix, residual)
         return None
-
-
-def _torch_multiplies(kernels: Kernels, matrix: Matrix, m: int) -> bool:
-    """Whether Triton's kernels leave m rows to torch. The reference's sum is part of its product, as specified."""
-    if kernels.name != "triton":
-        return False
-    from quasr.kernels.triton_linear import route
-
-    return route(matrix, m) == "torch"
 
 
 def _draft_places(state: DecodeState, count: int) -> Places:

@@ -130,7 +130,9 @@ class GraphedEncoder:
 
     def _stem_slice(self, chunks: Tensor) -> Tensor:
         count = len(chunks)
-        return self._stem(F.pad(chunks, (0, 0, 0, 0, 0, self._encoder.slice - count)))[:count]
+        missing = self._encoder.slice - count
+        # A pad of nothing is a copy too.
+        return self._stem(F.pad(chunks, (0, 0, 0, 0, 0, missing)) if missing else chunks)[:count]
 
     def _layers(self, x: Tensor, starts: Tensor) -> Tensor:
         """The windows behind the last one are empty, and the tokens there belong to none."""

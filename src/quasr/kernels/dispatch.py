@@ -56,6 +56,7 @@ class Kernels:
     capturable: bool
     linear: Linear
     add_linear: Callable[[Tensor, Matrix, Tensor], None]
+    sums_apart: Callable[[Matrix, int], bool]
     gated_linear: Linear
     add_rms_norm: Callable[[Tensor, Tensor | None, Norm], Tensor]
     embed: Callable[[Tensor, Matrix], Tensor]
@@ -80,6 +81,7 @@ class Kernels:
 OPERATIONS = (
     "linear",
     "add_linear",
+    "sums_apart",
     "gated_linear",
     "add_rms_norm",
     "embed",

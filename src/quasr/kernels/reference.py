@@ -59,6 +59,11 @@ def add_linear(x: Tensor, matrix: Matrix, residual: Tensor) -> None:
     residual += linear(x, matrix)
 
 
+def sums_apart(matrix: Matrix, m: int) -> bool:
+    """Whether `add_linear` of m rows is a product and then a sum, so that the sum may as well be made elsewhere."""
+    return False
+
+
 def gated_linear(x: Tensor, matrix: Matrix, norm: Norm | None = None) -> Tensor:
     """(m, k) -> (m, n / 2): silu(gate) * up, where gate and up are the halves of norm(x) W^T (Shazeer 2020)."""
     gate, up = linear(x, matrix, norm).chunk(2, dim=-1)

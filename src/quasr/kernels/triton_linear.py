@@ -51,6 +51,11 @@ def add_linear(x: Tensor, matrix: Matrix, residual: Tensor) -> None:
         _launch(x, matrix, None, (residual,), ADD)
 
 
+def sums_apart(matrix: Matrix, m: int) -> bool:
+    """See `reference.sums_apart`: torch's products add nothing."""
+    return route(matrix, m) == "torch"
+
+
 def gated_linear(x: Tensor, matrix: Matrix, norm: Norm | None = None) -> Tensor:
     """See `reference.gated_linear`."""
     if route(matrix, len(x)) == "torch":
