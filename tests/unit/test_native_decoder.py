@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from native_folder import Made, Sizes, make_folder, reference
 
-from quasr.engine.native_decoder import NativeDecoder, NativeNetwork, open_native
+from quasr.engine.native_decoder import NativeDecoder, NativeNetwork, open_native, who_decodes
 from quasr.engine.onnx_session import Runtime
 from quasr.errors import CheckpointError, OptionError, QuasrError
 from quasr.native import library
@@ -203,6 +203,18 @@ def test_what_the_variable_says(compiled: ctypes.CDLL, monkeypatch: pytest.Monke
     monkeypatch.setenv(library.VARIABLE, "yes")
     with pytest.raises(OptionError, match="QUASR_NATIVE is 'yes': use auto, off or on"):
         opened(made)
+
+
+def test_doctor_s_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "find_compiler", lambda: ["cc"])
+    monkeypatch.setattr(library, "processor", lambda: "flags : avx512_vnni")
+    assert who_decodes() == "C, where weights are int8 or int4 in groups and activations int8"
+    monkeypatch.setattr(library, "processor", lambda: "another")
+    assert who_decodes() == "ONNX Runtime: C is unmeasured on this processor (QUASR_NATIVE=on asks for it)"
+    monkeypatch.setattr(library, "find_compiler", lambda: None)
+    assert who_decodes() == f"ONNX Runtime: {library.NO_COMPILER}"
+    monkeypatch.setenv(library.VARIABLE, "off")
+    assert who_decodes() == "ONNX Runtime: QUASR_NATIVE=off asks for it"
 
 
 def test_without_a_compiler_it_is_onnx_runtime(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -100,6 +100,12 @@ def _providers() -> Iterator[tuple[str, str]]:
             yield name, str(error)
         else:
             yield name, f"engine onnx would run on {runtime.device}, {runtime.reasons[-1]}"
+    from quasr.engine.native_decoder import who_decodes
+
+    try:
+        yield "onnx decoder", who_decodes()
+    except QuasrError as error:
+        yield "onnx decoder", str(error)
 
 
 def _demo() -> Iterator[tuple[str, str]]:

@@ -96,8 +96,7 @@ def open_native(folder: Path, manifest: Manifest, runtime: Runtime) -> tuple[Nat
     if wish == "off":
         return None, f"the decoder is ONNX Runtime's: {library.VARIABLE}=off asks for it"
     lack = _lack(manifest, read_config(folder).text, runtime)
-    if lack is None and wish == "auto" and MEASURED not in library.processor():
-        lack = f"C is unmeasured on this processor ({library.VARIABLE}=on asks for it)"
+    lack = lack or _machine_lack(wish)
     if lack is None:
         try:
             compiled = library.load()
@@ -108,6 +107,27 @@ def open_native(folder: Path, manifest: Manifest, runtime: Runtime) -> tuple[Nat
     if wish == "on":
         raise OptionError(f"{library.VARIABLE} is on, but {lack}: use auto")
     return None, f"the decoder is ONNX Runtime's: {lack}"
+
+
+def who_decodes() -> str:
+    """What runs the decoder of ONNX folders on this machine, in one line, without compiling anything.
+
+    Raises OptionError where QUASR_NATIVE is unknown.
+    """
+    wish = library.wish()
+    if wish == "off":
+        return f"ONNX Runtime: {library.VARIABLE}=off asks for it"
+    lack = _machine_lack(wish)
+    return f"ONNX Runtime: {lack}" if lack else "C, where weights are int8 or int4 in groups and activations int8"
+
+
+def _machine_lack(wish: str) -> str | None:
+    """Why C is not for this machine, or None."""
+    if library.find_compiler() is None:
+        return library.NO_COMPILER
+    if wish == "auto" and MEASURED not in library.processor():
+        return f"C is unmeasured on this processor ({library.VARIABLE}=on asks for it)"
+    return None
 
 
 def _lack(manifest: Manifest, config: TextConfig, runtime: Runtime) -> str | None:

@@ -27,6 +27,8 @@ FLAGS = ("-std=c11", "-O3", "-march=native", "-w", "-fno-math-errno", "-shared",
 
 COMPILERS = ("cc", "gcc", "clang")
 
+NO_COMPILER = "there is no C compiler: install gcc or clang, or pip install ziglang"
+
 FEATURES = Path("/proc/cpuinfo")
 
 PATIENCE = 300
@@ -77,7 +79,7 @@ def load() -> ctypes.CDLL:
     """
     compiler = find_compiler()
     if compiler is None:
-        raise MissingDependencyError("there is no C compiler: install gcc or clang, or pip install ziglang")
+        raise MissingDependencyError(NO_COMPILER)
     return _open(tuple(compiler), cache_folder())
 
 
