@@ -261,7 +261,7 @@ static void quantise(const quantised *q, int64_t token, const float *x, const ma
             ints whole = nearest(load(x + i) * inverse);
             shorts narrow = __builtin_convertvector(whole, shorts);
             memcpy(in_order + i, &narrow, sizeof narrow);
-            total += whole;
+            total += __builtin_convertvector(narrow, ints);
         }
         arrange(codes, in_order, m->span, m->kind);
         q->scales[g * q->tokens + token] = top / 32767.0f;
@@ -418,8 +418,10 @@ INLINE void many_tokens(floats (*out)[PARTS], const __m512i *packed, const float
         x[t] = (const int32_t *)(q->codes + (g * q->tokens + clamp(token + t, q->tokens - 1)) * span);
     }
     for (int64_t pair = 0; pair < span / 2; ++pair, packed += PARTS)
+#pragma GCC unroll 8 /* clang else keeps the sums in memory */
         for (int t = 0; t < TILE; ++t) {
             __m512i both = _mm512_set1_epi32(x[t][pair]);
+#pragma GCC unroll 8
             for (int part = 0; part < PARTS; ++part) total[t][part] = add_products(total[t][part], packed[part], both);
         }
     for (int t = 0; t < TILE; ++t) {
