@@ -174,7 +174,7 @@ def _launch_product(x: Tensor, matrix: Matrix, out: tuple[Tensor, ...], mode: in
         BITS=matrix.bits, GROUP=group // per, SCALED=matrix.scale is not None and group == 0, MODE=mode,
         SPLITS=chosen.splits, BM=chosen.lines, BN=chosen.rows, BK=step, TYPE=TYPES[matrix.dtype],
         PRECISION="ieee" if matrix.dtype == torch.float32 else "tf32", EVEN=units % step == 0,
-        PACKED=_packed(matrix), PDL=pdl,
+        PACKED=_packed(matrix), PDL=pdl, AHEAD=triton_product.AHEAD[matrix.bits],
         **launch_options(chosen.warps, pdl, chosen.stages),
     )  # fmt: skip
 
