@@ -1,7 +1,7 @@
 """The stages of one clip on a CPU: `python -m quasr.bench.stages FOLDER`, one engine a process.
 
-An ONNX folder runs without torch, so that the peak of memory is the engine's own; a checkpoint runs in torch, in the
-precision given. Between the calls another process measures how fast memory is read: what a token takes is also told as
+An ONNX folder runs without torch, so that the peak of memory is the engine's own, and QUASR_NATIVE says who decodes; a
+checkpoint runs in torch, in the precision given. Between the calls another process measures how fast memory is read: what a token takes is also told as
 a multiple of what reading the decoder's weights once would take.
 """
 
@@ -95,7 +95,7 @@ def _arguments(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Writes one line of JSON: the least and the median of every stage, MB at the peak and of weights, GB/s read."""
+    """Writes one line of JSON: the engine, the least and the median of every stage, MB at the peak, GB/s read."""
     options = _arguments(arguments)
     prompt = Prompt.of(read_config(options.folder))
     noise = np.random.default_rng(0).standard_normal(options.seconds * SAMPLE_RATE, dtype=np.float32) / 10
@@ -111,7 +111,8 @@ def main(arguments: Sequence[str]) -> int:
     peak, _ = peak_memory()
     memory = {"peak_mb": (peak or 0) // 10**6, "weights_mb": engine.info.weight_bytes // 10**6}
     limit = _limit(options.folder, speeds, figures)
-    sys.stdout.write(json.dumps({"engine": engine.info.name, **figures, **memory, **limit}) + "\n")
+    engine_facts = {"engine": engine.info.name, "reasons": engine.info.reasons}
+    sys.stdout.write(json.dumps({**engine_facts, **figures, **memory, **limit}) + "\n")
     return 0
 
 

@@ -2,8 +2,8 @@
 
    Activations meet the codes as int16, with a scale for every group of a token; the sums of a group are exact in int32
    and are added up in float, group after group. So a token's numbers do not depend on the tokens beside it, on the
-   number of threads, or on which of the two products below computes them. `native_reference.py` in the tests is the
-   plain formula. All pointers are checked by the caller, quasr.engine.native_decoder. */
+   number of threads, or on which of the two products below computes them. tests/unit/native_folder.py has
+   the plain formula. All pointers are checked by the caller, quasr.engine.native_decoder. */
 
 #define _GNU_SOURCE
 #include <pthread.h>
@@ -412,15 +412,17 @@ INLINE void pack(__m512i *packed, const matrix *m, int64_t row, int64_t first, i
 INLINE void many_tokens(floats (*out)[PARTS], const __m512i *packed, const floats *scale, const quantised *q,
                         int64_t token, int64_t g, int64_t span, int zero) {
     __m512i total[TILE][PARTS];
-    const int32_t *x[TILE];
+    const int16_t *x[TILE];
     for (int t = 0; t < TILE; ++t) {
         for (int part = 0; part < PARTS; ++part) total[t][part] = _mm512_setzero_si512();
-        x[t] = (const int32_t *)(q->codes + (g * q->tokens + clamp(token + t, q->tokens - 1)) * span);
+        x[t] = q->codes + (g * q->tokens + clamp(token + t, q->tokens - 1)) * span;
     }
     for (int64_t pair = 0; pair < span / 2; ++pair, packed += PARTS)
 #pragma GCC unroll 8 /* clang else keeps the sums in memory */
         for (int t = 0; t < TILE; ++t) {
-            __m512i both = _mm512_set1_epi32(x[t][pair]);
+            int32_t two;
+            memcpy(&two, x[t] + 2 * pair, sizeof two);
+            __m512i both = _mm512_set1_epi32(two);
 #pragma GCC unroll 8
             for (int part = 0; part < PARTS; ++part) total[t][part] = add_products(total[t][part], packed[part], both);
         }
