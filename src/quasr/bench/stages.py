@@ -1,8 +1,8 @@
 """The stages of one clip on a CPU: `python -m quasr.bench.stages FOLDER`, one engine a process.
 
 An ONNX folder runs without torch, so that the peak of memory is the engine's own, and QUASR_NATIVE says who decodes; a
-checkpoint runs in torch, in the precision given. Between the calls another process measures how fast memory is read: what a token takes is also told as
-a multiple of what reading the decoder's weights once would take.
+checkpoint runs in torch, in the precision given. Between the calls another process measures how fast memory is read:
+what a token takes is also told as a multiple of what reading the decoder's weights once would take.
 """
 
 from __future__ import annotations
