@@ -8,7 +8,8 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constra
 BASE_VENV ?= .venv-base
 BASE_PIP = $(BASE_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 BASE_TESTS = $(wildcard tests/unit/test_audio_*.py tests/unit/test_text_*.py tests/unit/test_output_*.py \
-	tests/unit/test_engine_onnx_session.py tests/unit/test_pipeline_transcribe.py tests/unit/test_pipeline_guard.py \
+	tests/unit/test_engine_onnx_session.py tests/unit/test_native_decoder.py tests/unit/test_native_library.py \
+	tests/unit/test_pipeline_transcribe.py tests/unit/test_pipeline_guard.py \
 	tests/unit/test_weights_hub.py tests/unit/test_public_api.py tests/unit/test_cli_doctor.py \
 	tests/unit/test_cli_transcribe.py tests/base)
 
