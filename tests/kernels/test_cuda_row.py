@@ -79,8 +79,34 @@ def test_what_no_plan_fits() -> None:
         (2048, 2048, 8, 128, PLAIN),  # 8 bits in groups
         (2048, 2048, 4, 16, PLAIN),  # a lane's codes have two scales
         (2048, 1 << 15, 16, 1 << 15, ADD),  # too wide for registers
+        (151936, 4096, 16, 4096, HEAD),  # two warps a row, of which none would have a whole logit
+        (151936, 4096, 8, 4096, HEAD),
+        (151936, 3072, 8, 3072, HEAD),
     ):
         assert cuda_row.plan_of(rows, columns, bits, group, mode, PROCESSORS) is None
+
+
+@pytest.mark.parametrize("processors", [78, 132])
+@pytest.mark.parametrize("mode", [PLAIN, ADD, GATE, HEAD])
+@pytest.mark.parametrize(("bits", "groups"), [(16, ()), (8, ()), (4, (32, 64, 96, 128, 256))])
+def test_plans_copy_whole_loads_and_sum_whole_logits(
+    bits: int, groups: tuple[int, ...], mode: int, processors: int
+) -> None:
+    planned = 0
+    for rows, columns in product((24, 132, 4000, 6144), range(512, 6145, 512)):
+        for group in [group for group in groups if columns % group == 0] or [columns]:
+            plan = cuda_row.plan_of(rows, columns, bits, group, mode, processors)
+            if plan is None:
+                continue
+            planned += 1
+            tile, scales = plan.tile, columns // group if bits == 4 else int(bits == 8 and mode == HEAD)
+            # Scales of a tile begin, and what goes up begins `rows` below the gate, at multiples of 16 bytes.
+            assert all(count * scales * 2 % 16 == 0 for count in (tile.outputs, rows if mode == GATE else 0))
+            assert tile.bytes % 128 == 0
+            assert mode != HEAD or tile.slices == 1
+            beside = columns * (4 if bits == 16 else 2) + columns // (128 // bits) * 4 + 512 * tile.slices + 1024
+            assert plan.shape.shared + beside < SHARED_MEMORY
+    assert planned or (bits == 4 and mode == HEAD)
 
 
 def test_constants_are_those_of_the_sources() -> None:

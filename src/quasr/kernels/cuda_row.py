@@ -204,7 +204,7 @@ def plan_of(rows: int, columns: int, bits: int, group: int, mode: int, processor
         return None
     loads = columns // COLUMNS[bits]
     slices = next((n for n in WARP_GROUPS if loads % n == 0 and loads // n <= MOST_CHUNKS[bits]), None)
-    if slices is None:
+    if slices is None or (mode == HEAD and slices > 1):  # each warp takes the best of whole logits
         return None
     heights = (1,) if bits == 16 else (2, 1)
     found = (_planned(rows, Tile(bits, columns, group, mode, slices, height), processors) for height in heights)
