@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,7 +15,7 @@ from quasr.engine.mel_torch import join, joined_size, padded_size
 from quasr.engine.staging import Staging
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 CPU = torch.device("cpu")
 BLOCK = 30_000
@@ -165,6 +166,40 @@ def test_what_is_left_behind_can_be_followed_by_more(device: Device, late: Stagi
     found = list(late.send(given))
     device.work(len(device.queue))
     assert_same(found, given)
+
+
+class Interrupted(deque):  # type: ignore[type-arg]
+    """An interrupt comes when something has been put there."""
+
+    def extend(self, values: Iterable[object]) -> None:
+        super().extend(values)
+        raise KeyboardInterrupt
+
+
+def test_an_interrupt_before_the_first_part_leaves_nothing_waiting(device: Device, late: Staging) -> None:
+    late._waiting = Interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        next(late.send(parts(LENGTHS)))
+    assert not late._waiting
+
+
+def test_an_interrupt_while_threads_are_waited_for_leaves_no_foreign_samples(
+    device: Device, late: Staging, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(_: object) -> None:
+        raise KeyboardInterrupt
+
+    abandoned = late.send(parts(LENGTHS))
+    next(abandoned)
+    with monkeypatch.context() as patch:
+        patch.setattr(staging, "wait", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            abandoned.close()
+    given = parts(LENGTHS[::-1])
+    found = list(late.send(given))
+    device.work(len(device.queue))
+    assert_same(found, given)
+    assert sum(len(block.memory) == BLOCK for block in device.blocks) <= staging.BLOCKS
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

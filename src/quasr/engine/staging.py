@@ -96,15 +96,14 @@ class Staging:
             yield from map(_joined, parts)
             return
         groups = [_groups(part) for part in parts]
-        self._waiting.extend(chain.from_iterable(groups))
         try:
+            # An interrupt may have cut the end of the last call short.
+            self._recall()
+            self._waiting.extend(chain.from_iterable(groups))
             for part, own in zip(parts, groups, strict=True):
                 yield self._send_part(part, own)
         finally:
-            self._waiting.clear()
-            wait([copied for _, copied in self._filled if copied])
-            while self._filled:
-                self._release()
+            self._recall()
 
     def close(self) -> None:
         """Ends the threads and drops the memory."""
@@ -112,6 +111,13 @@ class Staging:
             self._threads.shutdown()
         self._threads = None
         self._free.clear()
+
+    def _recall(self) -> None:
+        """Forgets what is waiting, and takes all blocks back, which no thread writes to any more."""
+        self._waiting.clear()
+        wait([copied for _, copied in self._filled if copied])
+        while self._filled:
+            self._release()
 
     def _send_part(self, part: Clips, groups: Sequence[Clips]) -> Tensor:
         out = torch.empty(joined_size([len(clip) for clip in part]), device=self._device)
