@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
 from dataclasses import replace
+from functools import partial
 from itertools import product
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -28,7 +31,7 @@ LACK = cuda_row.lack(DEVICE, torch.float16)
 gpu = pytest.mark.skipif(LACK is not None, reason=f"kernels in CUDA C++: {LACK}")
 
 SHARED_MEMORY = 227 << 10
-"""Bytes of a multiprocessor of Hopper that one program may have."""
+"""Bytes of a multiprocessor of Hopper that one program may have: CUDA C++ Programming Guide, compute capability 9.0."""
 PROCESSORS = 132
 SHAPES = {
     "1.7b qkv": (4096, 2048, PLAIN),
@@ -157,6 +160,41 @@ def test_without_nvrtc_triton_takes_the_row(monkeypatch: pytest.MonkeyPatch) -> 
     assert cuda_row.lack(device, torch.float16) == "NVRTC, which compiles them, is not installed"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
     assert cuda_row.lack(device, torch.float16) == "they need compute capability (9, 0), and this GPU has (8, 9)"
+
+
+def driver_of(shared: int) -> SimpleNamespace:
+    """The driver of a GPU whose programs may have so many bytes of shared memory."""
+
+    def get(place: object, ordinal: int) -> int:
+        ctypes.cast(place, ctypes.POINTER(ctypes.c_int))[0] = 40 + ordinal
+        return 0
+
+    def tell(found: object, attribute: int, place: ctypes.c_int) -> int:
+        assert (attribute, place.value) == (97, 40)
+        ctypes.cast(found, ctypes.POINTER(ctypes.c_int))[0] = shared
+        return 0
+
+    return SimpleNamespace(cuDeviceGet=get, cuDeviceGetAttribute=tell)
+
+
+def test_gpus_with_little_shared_memory_have_tritons(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (12, 0))
+    monkeypatch.setattr(cuda_module, "version", lambda: (13, 0))
+    monkeypatch.setattr(cuda_row, "_attention", lambda *_: None)
+    for shared, lack in (
+        (99 << 10, "they need 227 KB of shared memory a program, and this GPU has 99 KB"),
+        (SHARED_MEMORY, None),
+    ):
+        monkeypatch.setattr(cuda_module, "_driver", partial(driver_of, shared))
+        cuda_module.shared_memory.cache_clear()
+        assert cuda_row.lack(device, torch.bfloat16) == lack
+    cuda_module.shared_memory.cache_clear()
+
+
+@gpu
+def test_the_shared_memory_of_a_gpu_that_runs_them() -> None:
+    assert cuda_module.shared_memory(torch.cuda.current_device()) >= SHARED_MEMORY
 
 
 def test_the_table_says_why_there_are_none() -> None:

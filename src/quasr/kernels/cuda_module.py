@@ -28,6 +28,8 @@ NVRTC_NAMES = tuple(f"libnvrtc.so{end}" for end in (".13", ".12", ""))
 DEPENDENT_LAUNCH, MOST_SHARED, CARVEOUT = 6, 8, 9
 """CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES and
 CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT of cuda.h."""
+PROGRAM_SHARED = 97
+"""CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN."""
 WHOLE = 100
 """Per cent of a multiprocessor's fast memory that is shared memory: kernels that differ in it wait for each other."""
 
@@ -107,6 +109,15 @@ def function(device: int, file: str, name: str, shared: int, **macros: int) -> F
         _check(driver.cuFuncSetAttribute(handle, MOST_SHARED, shared), f"give {name} {shared} bytes of shared memory")
         _check(driver.cuFuncSetAttribute(handle, CARVEOUT, WHOLE), f"set the shared memory of {name}")
     return Function(handle)
+
+
+@cache
+def shared_memory(device: int) -> int:
+    """Bytes of shared memory that a program may have. torch has made CUDA ready before."""
+    place, found, driver = ctypes.c_int(), ctypes.c_int(), _driver()
+    _check(driver.cuDeviceGet(ctypes.byref(place), device), f"find device {device}")
+    _check(driver.cuDeviceGetAttribute(ctypes.byref(found), PROGRAM_SHARED, place), "tell its shared memory")
+    return found.value
 
 
 def source(file: str) -> str:

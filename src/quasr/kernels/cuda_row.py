@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 FIRST_CAPABILITY = (9, 0)
 """CUDA compute capability of Hopper, the first with bulk copies and dependent launch."""
+PROGRAM_BYTES = 227 << 10
+"""Shared memory of a program, which the rings below are cut from. Not all that is newer has it: Blackwell for desktops
+has 99 KB."""
 COLUMNS = {16: 256, 8: 512, 4: 1024}
 """That a warp loads at once, 16 bytes a lane, by the bits of a weight."""
 MOST_CHUNKS = {16: 8, 8: 4, 4: 2}
@@ -115,6 +118,9 @@ def lack(device: torch.device, dtype: torch.dtype) -> str | None:
     if cuda_module.version() is None:
         return "NVRTC, which compiles them, is not installed"
     try:
+        memory = cuda_module.shared_memory(_index(device))
+        if memory < PROGRAM_BYTES:
+            return f"they need {PROGRAM_BYTES >> 10} KB of shared memory a program, and this GPU has {memory >> 10} KB"
         _attention(_index(device), 2, dtype == torch.float16)
     except RuntimeError as error:
         return f"one does not compile or load: {str(error).splitlines()[0]}"
