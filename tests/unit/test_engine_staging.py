@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -134,6 +135,16 @@ def test_no_thread_for_what_nothing_goes_on_beside(device: Device, late: Staging
     device.work(1)
     assert_same(found, given)
     assert not workers()
+
+
+def test_where_python_gives_no_thread_the_caller_copies(device: Device, late: Staging) -> None:
+    """As in a thread that goes on when the main one has ended."""
+    late._threads = ThreadPoolExecutor(1)
+    late._threads.shutdown()
+    given = parts(LENGTHS)
+    found = list(late.send(given))
+    device.work(len(device.queue))
+    assert_same(found, given)
 
 
 def test_close_ends_the_threads(late: Staging) -> None:

@@ -142,16 +142,23 @@ class Staging:
         return block
 
     def _fill_ahead(self) -> None:
-        """Has threads copy as many groups as there are blocks for."""
+        """Has threads copy as many groups as there are blocks for, where Python gives any."""
         while self._waiting:
             block = self._free_block(_size(self._waiting[0]))
             if block is None:
                 return
             self._threads = self._threads or ThreadPoolExecutor(THREADS, "quasr-staging")
-            self._filled.append((block, self._threads.submit(join, self._waiting.popleft(), block.memory)))
+            try:
+                copied = self._threads.submit(join, self._waiting[0], block.memory)
+            except RuntimeError:
+                # Python's main thread has ended, or there can be no more: then the caller copies, and not into this
+                # block, because a thread may have been given it all the same.
+                return
+            self._waiting.popleft()
+            self._filled.append((block, copied))
 
     def _fill_now(self) -> None:
-        """Copies the next group: the only one, a long clip, or one for which a block had to be waited for."""
+        """Copies the next group: the only one, a long clip, or one for which there is no thread or no free block."""
         assert self._make is not None
         group = self._waiting.popleft()
         size = _size(group)
