@@ -177,7 +177,9 @@ class FastEngine(Reporting):
                 self._rows.drop()
 
     def close(self) -> None:
-        """As `Engine.close`; `submit` raises RuntimeError afterwards."""
+        """As `Engine.close`; `submit` raises RuntimeError afterwards, and a second `close` does nothing."""
+        if self._model is None:
+            return
         if self._device.type == "cuda":
             finish_replays()
         self._staging.close()
