@@ -112,6 +112,41 @@ def test_plans_copy_whole_loads_and_sum_whole_logits(
     assert planned or (bits == 4 and mode == HEAD)
 
 
+def shifted(tensor: Tensor) -> Tensor:
+    """The same numbers, which begin 4 bytes behind a multiple of 16."""
+    raw = torch.empty(tensor.nbytes + 32, dtype=torch.uint8, device=tensor.device)
+    begin = -raw.data_ptr() % 16 + 4
+    return raw[begin : begin + tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+
+def test_what_the_kernels_would_misread_is_tritons(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_row, "_index", lambda device: 0)
+    monkeypatch.setattr(cuda_row, "_processors", lambda device: PROCESSORS)
+    x, weight, norm = torch.ones(1, 1024), torch.ones(48, 1024).bfloat16(), Norm(torch.ones(1024).bfloat16(), 1e-6)
+    weights = Matrix(weight)
+    assert cuda_row._plan(x, weights, PLAIN, norm) is not None
+    assert cuda_row._plan(x, weights, PLAIN, wide(norm)) is None
+    assert cuda_row._plan(x, weights, PLAIN, replace(norm, weight=norm.weight.half())) is None
+    assert cuda_row._plan(x, weights, PLAIN, replace(norm, weight=shifted(norm.weight))) is None
+    assert cuda_row._plan(shifted(x), weights, PLAIN, norm) is None
+    assert cuda_row._plan(x, Matrix(shifted(weight)), PLAIN, norm) is None
+    coded = Matrix(torch.zeros(48, 1024, dtype=torch.int8), torch.ones(48, 1).bfloat16())
+    assert cuda_row._plan(x, coded, PLAIN, norm) is not None
+    assert cuda_row._plan(x, replace(coded, scale=shifted(torch.ones(48, 1).bfloat16())), PLAIN, norm) is None
+
+
+def test_attention_that_the_kernel_would_misread_is_tritons() -> None:
+    norm = Norm(torch.ones(128).bfloat16(), 1e-6)
+    heads = Heads(2, 1, 128, norm, norm, torch.ones(64))
+    x, keys, values = (torch.zeros(shape).bfloat16() for shape in ((1, 512), (1, 8, 128), (1, 8, 128)))
+    assert cuda_row._as_read((x, keys, values), heads)
+    assert not cuda_row._as_read((x, keys.half(), values), heads)
+    assert not cuda_row._as_read((x, keys, shifted(values)), heads)
+    assert not cuda_row._as_read((shifted(x), keys, values), heads)
+    assert not cuda_row._as_read((x, keys, values), replace(heads, k_norm=wide(norm)))
+    assert not cuda_row._as_read((x, keys, values), replace(heads, q_norm=replace(norm, weight=shifted(norm.weight))))
+
+
 def test_constants_are_those_of_the_sources() -> None:
     products, attention = (cuda_module.source(name) for name in ("row_product.cu", "row_attention.cu"))
     found = dict(re.findall(r"(\w+) = (\d+)", products + attention))

@@ -28,6 +28,8 @@ PROGRAM_BYTES = 227 << 10
 has 99 KB."""
 COLUMNS = {16: 256, 8: 512, 4: 1024}
 """That a warp loads at once, 16 bytes a lane, by the bits of a weight."""
+LOAD_BYTES = 16
+"""Of a lane, and what bulk copies begin at multiples of."""
 MOST_CHUNKS = {16: 8, 8: 4, 4: 2}
 """Such loads of a row: what meets them, 64 numbers a lane, stays in registers."""
 LANE_CODES = 32
@@ -170,7 +172,7 @@ def choose(x: Tensor, norm: Norm, head: Matrix) -> tuple[Tensor, Tensor]:
 
 def attend_step(x: Tensor, keys: Tensor, values: Tensor, places: Places, heads: Heads) -> Tensor:
     """See `reference.attend_step`."""
-    if not attends(len(x), heads) or keys.dtype != x.dtype or x.dtype == torch.float32:
+    if not attends(len(x), heads) or not _as_read((x, keys, values), heads):
         return triton_attention.attend_step(x, keys, values, places, heads)
     out = x.new_empty(1, heads.query_width)
     group = heads.count // heads.kv_count
@@ -190,10 +192,25 @@ def attends(rows: int, heads: Heads) -> bool:
     return rows == 1 and heads.size == SIZE and heads.count in (heads.kv_count, 2 * heads.kv_count, 4 * heads.kv_count)
 
 
+def _as_read(tensors: tuple[Tensor, ...], heads: Heads) -> bool:
+    """Whether x, keys, values and the norms have one dtype of 16 bits, and begin where 16 bytes are read at a time."""
+    norms = heads.q_norm.weight, heads.k_norm.weight
+    one = {tensor.dtype for tensor in (*tensors, *norms)}
+    return len(one) == 1 and torch.float32 not in one and _aligned(*tensors, *norms)
+
+
+def _aligned(*tensors: Tensor | None) -> bool:
+    return all(tensor is None or tensor.data_ptr() % LOAD_BYTES == 0 for tensor in tensors)
+
+
 def _plan(x: Tensor, matrix: Matrix, mode: int, norm: Norm | None) -> RowPlan | None:
-    """None where Triton multiplies: several rows, fp32, or a matrix that no plan fits."""
+    """None where Triton multiplies: several rows, fp32, a norm in another dtype, what begins between the places where
+    16 bytes are read at a time, or a matrix that no plan fits."""
     given = torch.float32 if norm is not None else matrix.dtype
     if len(x) != 1 or matrix.dtype == torch.float32 or x.dtype != given or (mode != ADD) != (norm is not None):
+        return None
+    weight = None if norm is None else norm.weight
+    if (weight is not None and weight.dtype != matrix.dtype) or not _aligned(x, matrix.weight, matrix.scale, weight):
         return None
     rows = matrix.rows // 2 if mode == GATE else matrix.rows
     return plan_of(rows, matrix.columns, matrix.bits, matrix.group, mode, _processors(_index(x.device)))
