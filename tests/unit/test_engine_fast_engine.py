@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,7 +30,7 @@ from quasr.text.tokenizer import Tokenizer
 from quasr.weights.hub import DEMO_FOLDER
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
 AUDIO = AudioConfig(layers=2, width=32, heads=2, ffn=64, output=32, mel_bins=16, stem_channels=8)
 TEXT = TextConfig(vocab_size=61, hidden=32, layers=2, heads=4, kv_heads=2, head_dim=8, ffn=64)
@@ -308,6 +309,35 @@ def test_info_stats_and_close() -> None:
         engine.close()
     with pytest.raises(RuntimeError, match="closed"):
         engine.run(REQUESTS[:1])
+
+
+def test_graphs_are_dropped_on_the_engine_s_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What waits for the device then waits for the current one, which need not be the first."""
+    current: list[torch.device] = []
+    dropped_on: list[list[torch.device]] = []
+
+    @contextmanager
+    def note(device: torch.device) -> Iterator[None]:
+        current.append(device)
+        try:
+            yield
+        finally:
+            current.pop()
+
+    def fail(*_: object) -> None:
+        raise RuntimeError
+
+    engine = fast(build())
+    monkeypatch.setattr(fast_engine, "_current", note)
+    monkeypatch.setattr(engine._steps, "forget", lambda: dropped_on.append(list(current)))
+    with monkeypatch.context() as patch:
+        patch.setattr(FastEncoder, "run", fail)
+        with pytest.raises(RuntimeError):
+            engine.run(REQUESTS[:1])
+    after_an_error = dropped_on[-1]
+    engine.close()
+    assert after_an_error == dropped_on[-1] == [CPU.device]
+    assert current == []
 
 
 @pytest.mark.parametrize("rows", [0, 257])

@@ -180,18 +180,19 @@ class FastEngine(Reporting):
         """As `Engine.close`; `submit` raises RuntimeError afterwards, and a second `close` does nothing."""
         if self._model is None:
             return
-        if self._device.type == "cuda":
-            finish_replays()
-        self._staging.close()
-        self._model = None
-        self._forget_clips()
-        self._cache = None
-        if isinstance(self._prefill, GraphedPrefill):
-            # It and its graphs hold each other, and with them the weights.
-            self._prefill.forget()
-        del self._decoder, self._steps, self._rows, self._prefill, self._audio
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
+        with _current(self._device):
+            if self._device.type == "cuda":
+                finish_replays()
+            self._staging.close()
+            self._model = None
+            self._forget_clips()
+            self._cache = None
+            if isinstance(self._prefill, GraphedPrefill):
+                # It and its graphs hold each other, and with them the weights.
+                self._prefill.forget()
+            del self._decoder, self._steps, self._rows, self._prefill, self._audio
+            if self._device.type == "cuda":
+                torch.cuda.empty_cache()
 
     @property
     def _network(self) -> Qwen3ASR:
@@ -209,12 +210,13 @@ class FastEngine(Reporting):
     def _working(self) -> Iterator[None]:
         """On this engine's device. An error ends all clips, because nobody knows what it left half done."""
         requests = [clip.request for clip in self._clips.values()]
-        try:
-            with torch.inference_mode(), memory_advice(requests, self._device), _current(self._device):
-                yield
-        except BaseException:
-            self._forget_clips()
-            raise
+        with _current(self._device):
+            try:
+                with torch.inference_mode(), memory_advice(requests, self._device):
+                    yield
+            except BaseException:
+                self._forget_clips()
+                raise
 
     def _usable_draft(self, request: ClipRequest) -> tuple[int, ...]:
         """What of a draft can be right: it ends before a stop token, or one that is not in the vocabulary."""
@@ -376,7 +378,7 @@ def even_parts(sizes: Sequence[int], most: int) -> Iterator[range]:
 
 
 def _current(device: torch.device) -> AbstractContextManager[object]:
-    """Makes a GPU the one that kernels are launched on."""
+    """Makes a GPU the one that kernels are launched on, and that is waited for before graphs are dropped."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
