@@ -178,6 +178,20 @@ def test_machine_code_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert len(list((tmp_path / "quasr" / "cuda").iterdir())) == 4
 
 
+@pytest.mark.parametrize("left", [b"", b"cod", b"code", bytes(100)], ids=["empty", "part", "whole", "zeros"])
+def test_what_a_crash_left_in_the_cache_is_compiled_again(
+    left: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(cuda_module, "compile_source", lambda text, options: b"code")
+    cuda_module.machine_code("one", (9, 0), {})
+    (kept,) = (tmp_path / "quasr" / "cuda").iterdir()
+    good = kept.read_bytes()
+    kept.write_bytes(left)
+    assert cuda_module.machine_code("one", (9, 0), {}) == b"code"
+    assert kept.read_bytes() == good
+
+
 def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "quasr").write_text("a file where the folder should be")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

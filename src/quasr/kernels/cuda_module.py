@@ -33,6 +33,8 @@ PROGRAM_SHARED = 97
 WHOLE = 100
 """Per cent of a multiprocessor's fast memory that is shared memory: kernels that differ in it wait for each other."""
 
+DIGEST_BYTES = hashlib.sha256().digest_size
+
 
 class CompileError(RuntimeError):
     """NVRTC refused a source, or cannot be used."""
@@ -131,12 +133,11 @@ def machine_code(text: str, capability: tuple[int, int], macros: Mapping[str, in
     options += [f"-D{name}={value}" for name, value in sorted(macros.items())]
     key = hashlib.sha256("\0".join([text, *options, str(version())]).encode()).hexdigest()
     kept = cache_folder() / f"{key}.cubin"
-    try:
-        return kept.read_bytes()
-    except OSError:
+    code = _kept(kept)
+    if code is None:
         code = compile_source(text, options)
         _keep(code, kept)
-        return code
+    return code
 
 
 def cache_folder() -> Path:
@@ -144,12 +145,25 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quasr" / "cuda"
 
 
+def _kept(path: Path) -> bytes | None:
+    """What `_keep` wrote; None where it did not, or where a crash of the machine or a full disk left another thing."""
+    try:
+        found = path.read_bytes()
+    except OSError:
+        return None
+    code, digest = found[:-DIGEST_BYTES], found[-DIGEST_BYTES:]
+    return code if hashlib.sha256(code).digest() == digest else None
+
+
 def _keep(code: bytes, path: Path) -> None:
-    """Written beside and renamed, so that others never read a part. A folder that cannot be written keeps nothing."""
+    """The code and its SHA-256, written beside and renamed, so that others never read a part.
+
+    A folder that cannot be written keeps nothing.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(code)
+            file.write(code + hashlib.sha256(code).digest())
         Path(file.name).replace(path)
     except OSError:
         return
