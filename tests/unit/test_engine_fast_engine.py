@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import weakref
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from quasr.engine.base import ClipRequest, ClipResult, Ticket, token_budget
 from quasr.engine.device import Placement
 from quasr.engine.fast_audio import FastEncoder
 from quasr.engine.fast_engine import FastEngine, FastOptions, even_parts
+from quasr.engine.staging import Staging
 from quasr.engine.torch_engine import TorchEngine
 from quasr.errors import ModelError, OptionError, ResourceError
 from quasr.model.asr import Qwen3ASR
@@ -338,6 +340,29 @@ def test_graphs_are_dropped_on_the_engine_s_own_device(monkeypatch: pytest.Monke
     engine.close()
     assert after_an_error == dropped_on[-1] == [CPU.device]
     assert current == []
+
+
+def test_samples_are_gone_when_they_are_encoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan counts them beside the mel frames alone."""
+    engine, sent, alive = fast(build()), [], []
+    send_part, run = Staging.send, FastEncoder.run
+
+    def send(*given: Any) -> Iterator[torch.Tensor]:
+        for samples in send_part(*given):
+            sent.append(weakref.ref(samples))
+            out = [samples]
+            del samples
+            yield out.pop()
+
+    def look(*given: Any) -> torch.Tensor:
+        alive.append(sent[-1]() is not None)
+        return run(*given)
+
+    monkeypatch.setattr(Staging, "send", send)
+    monkeypatch.setattr(FastEncoder, "run", look)
+    engine.run(REQUESTS[:2])
+    assert alive
+    assert not any(alive)
 
 
 @pytest.mark.parametrize("rows", [0, 257])

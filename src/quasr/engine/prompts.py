@@ -46,10 +46,13 @@ def embed_prompts(audio: AudioSide, decoder: FastDecoder, requests: Sequence[Cli
     """
     lengths = [len(request.samples) for request in requests]
     frames = [frame_count(length) for length in lengths]
+    device = samples.device
     mel = packed_log_mel(samples, lengths, audio.config.mel_bins, audio.mel_slice)
+    # A plan has no room for them beside what comes now, which is more.
+    del samples
     vectors = audio.encode(mel, frames)
     layout = _lay_out(requests, [audio.config.token_count(count) for count in frames])
-    ids, places = all_to_device(layout, samples.device)
+    ids, places = all_to_device(layout, device)
     x = decoder.embed(ids)
     return x.index_copy_(0, places, vectors.to(x.dtype))
 
