@@ -25,6 +25,7 @@ constexpr int MOST_STAGES = 8, MOST_ROWS = 128;
 constexpr int WORDS = BITS == 16 ? 1 : CHUNKS * PER_LOAD / 4;
 constexpr int FLOATS = BITS == 16 ? CHUNKS * 8 : 1;
 constexpr int TURNS = (COLUMNS + THREADS * 8 - 1) / (THREADS * 8);
+static_assert(MODE != HEAD || SLICES == 1, "each warp takes the best of whole logits");
 
 struct Shared {
   u64 full[MOST_STAGES], empty[MOST_STAGES];
