@@ -49,7 +49,16 @@ def test_missing_device_says_what_there_is(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize(
-    ("device", "dtype"), [("tpu", "auto"), ("cuda:x", "auto"), ("cpu", "int3"), ("cuda:-1", "auto")]
+    ("device", "dtype"),
+    [
+        ("tpu", "auto"),
+        ("cuda:x", "auto"),
+        ("cpu", "int3"),
+        ("cuda:-1", "auto"),
+        ("cuda:99999999999999999999", "auto"),
+        ("cuda:" + "9" * 5000, "auto"),
+    ],
+    ids=lambda name: name[:12],
 )
 def test_unknown_names(device: str, dtype: str) -> None:
     with pytest.raises(OptionError, match="unknown"):

@@ -113,8 +113,9 @@ def _peak_host() -> int | None:
 
 def check_names(device: str, dtype: str) -> None:
     """Raises OptionError for a device or dtype that there is nowhere; asks no torch."""
-    if device != "auto" and not re.fullmatch(r"cpu|cuda(:\d+)?", device):
-        raise OptionError(f"unknown device {device!r}: use auto, cpu, cuda or cuda:N")
+    # Python and C refuse numbers of many digits, each in a way of its own.
+    if device != "auto" and not re.fullmatch(r"cpu|cuda(:\d{1,4})?", device):
+        raise OptionError(f"unknown device {device[:40]!r}: use auto, cpu, cuda or cuda:N")
     if dtype != "auto" and dtype not in DTYPES:
         raise OptionError(f"unknown dtype {dtype!r}: use auto, {', '.join(DTYPES)}")
 
