@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
@@ -194,23 +196,40 @@ def test_an_interrupt_before_the_first_part_leaves_nothing_waiting(device: Devic
     assert not late._waiting
 
 
-def test_an_interrupt_while_threads_are_waited_for_leaves_no_foreign_samples(
-    device: Device, late: Staging, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def abandon(late: Staging, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Begins with some parts, and is interrupted when the threads are waited for."""
+
     def interrupt(_: object) -> None:
         raise KeyboardInterrupt
 
-    abandoned = late.send(parts(LENGTHS))
-    next(abandoned)
+    sending = late.send(parts(LENGTHS))
+    next(sending)
     with monkeypatch.context() as patch:
         patch.setattr(staging, "wait", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            abandoned.close()
+            sending.close()
+
+
+def test_an_interrupt_while_threads_are_waited_for_leaves_no_foreign_samples(
+    device: Device, late: Staging, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    abandon(late, monkeypatch)
     given = parts(LENGTHS[::-1])
     found = list(late.send(given))
     device.work(len(device.queue))
     assert_same(found, given)
     assert sum(len(block.memory) == BLOCK for block in device.blocks) <= staging.BLOCKS
+
+
+def test_close_drops_what_an_interrupt_has_left(device: Device, late: Staging, monkeypatch: pytest.MonkeyPatch) -> None:
+    abandon(late, monkeypatch)
+    device.work(len(device.queue))
+    held = [weakref.ref(block) for block in device.blocks]
+    device.blocks.clear()
+    assert any(block() for block in held)
+    late.close()
+    gc.collect()
+    assert not any(block() for block in held)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

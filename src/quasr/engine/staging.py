@@ -110,6 +110,7 @@ class Staging:
         if self._threads is not None:
             self._threads.shutdown()
         self._threads = None
+        self._recall()
         self._free.clear()
 
     def _recall(self) -> None:
