@@ -297,6 +297,22 @@ def test_a_turn_that_two_interrupts_have_lost_is_found_again_by_its_thread() -> 
     assert not turns._line
 
 
+def test_a_turn_that_two_interrupts_have_given_to_nobody_is_found_by_whoever_asks() -> None:
+    """Both came when the place had been left and before the next thread was woken."""
+    turns, done = Turns(), []
+    place = _Place()
+    turns._wait(place)
+    threads = [threading.Thread(target=turns.run, args=(partial(done.append, n),), daemon=True) for n in range(2)]
+    threads[0].start()
+    wait_until(lambda: len(turns._line) == 2)
+    turns._line.remove(place)
+    threads[1].start()
+    for thread in threads:
+        thread.join(2)
+    assert done == [0, 1]
+    assert not turns._line
+
+
 TRACED = ("/pipeline/turns.py", "/pipeline/shared.py")
 
 

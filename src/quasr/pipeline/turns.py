@@ -51,6 +51,8 @@ class Turns:
         # Turns are not nested: a place that this thread still has was lost to two interrupts in a row.
         for lost in [other for other in tuple(self._line) if other.thread == place.thread]:
             self._leave(lost)
+        # And whoever is first now may have lost his waking so.
+        self._wake_first()
         self._line.append(place)
         while self._line[0] is not place:
             place.wake.get()
@@ -59,5 +61,8 @@ class Turns:
         """Leaves the line, wherever in it, and wakes the first of the others. A second time does no harm."""
         if place in self._line:
             self._line.remove(place)
+        self._wake_first()
+
+    def _wake_first(self) -> None:
         with suppress(IndexError):
             self._line[0].wake.put(None)
