@@ -320,6 +320,16 @@ def test_prefill_in_a_graph_holds_no_more(config: ModelConfig, compute_type: str
     assert planned == pytest.approx(held, rel=0.05)
 
 
+@pytest.mark.parametrize("work", [Work(30, 1), Work(30, 4), Work(5, 8)], ids=["less than a slice", "more", "short"])
+@torch.inference_mode()
+def test_mel_frames_need_what_is_planned(work: Work) -> None:
+    lengths = [work.frames * 160] * work.batch
+    bins = STEM_HEAVY.audio.mel_bins
+    mel_torch.packed_log_mel(torch.zeros(mel_torch.joined_size([160])), [160], bins)
+    held = allocated(lambda: mel_torch.packed_log_mel(torch.zeros(mel_torch.joined_size(lengths)), lengths, bins))
+    assert planning.mel_bytes(STEM_HEAVY, work) == pytest.approx(held, rel=0.05)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("config", [STEM_HEAVY, HEAD_HEAVY, LAYER_HEAVY], ids=["stem", "head", "layer"])
 @pytest.mark.parametrize("compute_type", ["fp32", "int8"])
