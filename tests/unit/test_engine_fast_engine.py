@@ -19,6 +19,7 @@ from quasr.engine.base import ClipRequest, ClipResult, Ticket, token_budget
 from quasr.engine.device import Placement
 from quasr.engine.fast_audio import FastEncoder
 from quasr.engine.fast_engine import FastEngine, FastOptions, even_parts
+from quasr.engine.graphs import GraphedEncoder, GraphedPrefill
 from quasr.engine.staging import Staging
 from quasr.engine.torch_engine import TorchEngine
 from quasr.errors import ModelError, OptionError, ResourceError
@@ -32,7 +33,7 @@ from quasr.text.tokenizer import Tokenizer
 from quasr.weights.hub import DEMO_FOLDER
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 AUDIO = AudioConfig(layers=2, width=32, heads=2, ffn=64, output=32, mel_bins=16, stem_channels=8)
 TEXT = TextConfig(vocab_size=61, hidden=32, layers=2, heads=4, kv_heads=2, head_dim=8, ffn=64)
@@ -363,6 +364,30 @@ def test_samples_are_gone_when_they_are_encoded(monkeypatch: pytest.MonkeyPatch)
     engine.run(REQUESTS[:2])
     assert alive
     assert not any(alive)
+
+
+def test_results_in_the_memory_of_graphs_are_used_before_the_next() -> None:
+    """As if encoder and prompts came from graphs of one memory: each call spoils what the one before it gave."""
+    given: list[torch.Tensor] = []
+
+    def launch(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def run(*inputs: torch.Tensor) -> torch.Tensor:
+            found = function(*(one.clone() for one in inputs)).clone()
+            for one in given:
+                one.fill_(torch.nan)
+            given[:] = [found]
+            return found
+
+        return run
+
+    expected = fast(build()).run(REQUESTS)
+    model = build()
+    engine = fast(model)
+    encoder = FastEncoder.from_model(model.encoder, engine._decoder.kernels)
+    engine._audio = replace(engine._audio, encode=GraphedEncoder(encoder, launch).encode)
+    engine._prefill = GraphedPrefill(engine._decoder, launch)
+    same(engine.run(REQUESTS), expected)
+    assert given
 
 
 @pytest.mark.parametrize("rows", [0, 257])
