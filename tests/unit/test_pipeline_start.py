@@ -170,6 +170,17 @@ def test_loading_ends_the_head_start_when_it_fails(opened: list[str], monkeypatc
     assert opened == ["cuda:1"]
 
 
+@pytest.mark.parametrize("device", ["auto", "cuda:1"])
+@pytest.mark.parametrize("model", ["~no-such-user/model", "a" * 300, ""], ids=["home", "long", "empty"])
+def test_a_path_that_cannot_be_is_the_loader_s_error(
+    opened: list[str], monkeypatch: pytest.MonkeyPatch, model: str, device: str
+) -> None:
+    monkeypatch.setattr(transcriber, "choose", lambda *_: object())
+    with pytest.raises(ModelNotFoundError, match="no model folder"):
+        quasr.load(model, device=device)
+    assert gc.isenabled()
+
+
 def test_loading_collects_again_when_it_fails(opened: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[bool] = []
     monkeypatch.setattr(transcriber, "choose", lambda *_: seen.append(gc.isenabled()))

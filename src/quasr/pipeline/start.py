@@ -8,16 +8,16 @@ import sys
 import threading
 from contextlib import ExitStack, contextmanager, suppress
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quasr.engine.context import context_ahead
 from quasr.export.manifest import is_onnx_folder
 from quasr.pipeline.onnx import NVIDIA_DRIVERS, torch_reason
-from quasr.weights.hub import DEMO
+from quasr.weights.hub import DEMO, local_folder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from quasr.pipeline.onnx import EngineWish
 
@@ -32,8 +32,8 @@ def head_start(model: str, wish: EngineWish) -> Iterator[None]:
     with ExitStack() as stack:
         if "torch" not in sys.modules and _expects_gpu(model, wish):
             stack.enter_context(context_ahead(wish.device))
-            folder = _folder(model)
-            if folder.is_dir():
+            folder = local_folder(model)
+            if folder is not None:
                 threading.Thread(target=_read_ahead, args=(folder,), name="quasr-read-ahead", daemon=True).start()
                 # Not where it may be fetched first: that can take long.
                 stack.enter_context(_uncollected())
@@ -46,12 +46,8 @@ def _expects_gpu(model: str, wish: EngineWish) -> bool:
         return False
     if torch_reason(wish):
         return True
-    folder = _folder(model)
-    return wish.engine == "auto" and model != DEMO and folder.is_dir() and not is_onnx_folder(folder)
-
-
-def _folder(model: str) -> Path:
-    return Path(model).expanduser()
+    folder = local_folder(model)
+    return wish.engine == "auto" and model != DEMO and folder is not None and not is_onnx_folder(folder)
 
 
 def _read_ahead(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,14 +48,20 @@ def resolve_config(model: str, options: HubOptions) -> Path:
     return _client(options.hub).fetch_config(model, options) if here is None else here
 
 
+def local_folder(model: str) -> Path | None:
+    """The folder of this path, if there is one. By `os.path`, because `Path` raises for names that no file can have."""
+    path = os.path.expanduser(model)
+    return Path(path) if os.path.isdir(path) else None
+
+
 def _local(model: str) -> Path | None:
     """The folder of what needs no hub; None for an id."""
     if model == DEMO:
         return _demo()
-    path = Path(model).expanduser()
-    if model and path.is_dir():
-        return path
-    if path.is_file():
+    here = local_folder(model)
+    if here is not None:
+        return here
+    if os.path.isfile(os.path.expanduser(model)):
         raise ModelNotFoundError(f"{model} is a file: give the checkpoint's folder")
     if not MODEL_ID.fullmatch(model):
         raise ModelNotFoundError(f"no model folder {model!r}: give a folder, a hub id such as org/name, or 'demo'")
