@@ -211,14 +211,40 @@ def test_a_newer_folder_is_refused(folder: Path) -> None:
         {"embedding": []},
         {"files": {"../x": {"size": 1, "sha256": ""}}},
         {"group": "x"},
+        {"group": float("inf")},
+        {"decoder": []},
+        {"decoder": {"norm.weight": {"offset": float("inf"), "shape": [8], "dtype": "float32"}}},
+        {"decoder": {"norm.weight": {"offset": -64, "shape": [8], "dtype": "float32"}}},
+        {"decoder": {"norm.weight": {"offset": 0, "shape": [-2, -4], "dtype": "float32"}}},
+        {"decoder": {"norm.weight": {"offset": 0, "shape": [2, 0], "dtype": "float32"}}},
     ],
-    ids=["version", "graph", "embedding", "path", "group"],
+    ids=[
+        "version",
+        "graph",
+        "embedding",
+        "path",
+        "group",
+        "endless-group",
+        "tensors",
+        "endless-offset",
+        "offset-before",
+        "negative-shape",
+        "empty-shape",
+    ],
 )
 def test_a_damaged_manifest_is_one_line(folder: Path, changes: dict[str, Any]) -> None:
     edit(folder, **changes)
     with pytest.raises(CheckpointError, match="export the model again") as caught:
         read_manifest(folder)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("size", ["x", 0, -1, 0.5, None])
+def test_sizes_of_the_graphs_are_whole_numbers(folder: Path, size: object) -> None:
+    graph = json.loads((folder / MANIFEST_FILE).read_text())["graph"]
+    edit(folder, graph=graph | {"positions": size})
+    with pytest.raises(CheckpointError, match=r"is damaged \(the graph's positions is .*\): export the model again$"):
+        read_manifest(folder)
 
 
 @pytest.mark.parametrize(

@@ -129,8 +129,9 @@ def read_manifest(folder: Path) -> Manifest:
         )
     try:
         manifest = _parse(raw)
+        _check_facts(manifest.graph)
         _check_table(manifest)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise CheckpointError(f"{path} is damaged ({error}): {AGAIN}") from error
     _check_files(folder, manifest)
     return manifest
@@ -155,7 +156,10 @@ def _parse(raw: dict[str, Any]) -> Manifest:
 
 
 def _tensor(raw: dict[str, Any]) -> Tensor:
-    return Tensor(int(raw["offset"]), tuple(map(int, raw["shape"])), str(raw["dtype"]))
+    tensor = Tensor(int(raw["offset"]), tuple(map(int, raw["shape"])), str(raw["dtype"]))
+    if tensor.offset < 0 or min(tensor.shape, default=1) < 1:
+        raise ValueError(f"a tensor of {str(tensor.shape)[:80]} at {str(tensor.offset)[:80]}")
+    return tensor
 
 
 def _pair(table: dict[str, Any], name: str) -> tuple[int, int]:
@@ -167,6 +171,13 @@ def _plain(name: str) -> str:
     if "/" in name or "\\" in name:
         raise ValueError(f"{name[:80]!r} is no file of the folder")
     return name
+
+
+def _check_facts(graph: GraphFacts) -> None:
+    """Raises ValueError for a size that is no whole number from 1 on."""
+    for name, size in asdict(graph).items():
+        if name != "cache_dtype" and (not isinstance(size, int) or size < 1):
+            raise ValueError(f"the graph's {name} is {str(size)[:80]!r}")
 
 
 def _check_table(manifest: Manifest) -> None:
