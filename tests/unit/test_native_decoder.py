@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import re
 import subprocess
 from dataclasses import replace
@@ -231,7 +232,12 @@ def test_without_a_compiler_it_is_onnx_runtime(monkeypatch: pytest.MonkeyPatch, 
         opened(made)
 
 
-@pytest.mark.parametrize("damage", [{"offset": 1 << 40}, {"offset": -64}, {"offset": 2}, {"shape": (7,)}])
+DAMAGE = [
+    {"offset": 1 << 40}, {"offset": -64}, {"offset": 2}, {"shape": (7,)}, {"dtype": "no such"}, {"dtype": "int32"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
 def test_a_tensor_that_is_not_there_is_one_line(
     compiled: ctypes.CDLL, damage: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -241,3 +247,54 @@ def test_a_tensor_that_is_not_there_is_one_line(
     monkeypatch.setenv(library.VARIABLE, "on")
     with pytest.raises(CheckpointError, match=r"layers\.1\.self_attn\.k_norm\.weight .*: export the model again"):
         opened(replace(made, manifest=replace(made.manifest, decoder=tensors)))
+
+
+@pytest.mark.parametrize("shape", [(256, -2, -128), (256, 0, 128), (256, 2), (256,), (), (256, 3, 128), (256, 512, 1)])
+def test_codes_of_no_known_form_are_left_to_the_graph(
+    shape: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as groups of -128 columns: scales would be looked for before their place."""
+    made = make_folder(tmp_path, Sizes())
+    name, tensors = "layers.0.self_attn.qkv", dict(made.manifest.decoder)
+    for leaf, size in (("weight", shape), ("scale", (256, *shape[1:2]))):
+        tensors[f"{name}.{leaf}"] = replace(tensors[f"{name}.{leaf}"], shape=size)
+    monkeypatch.setattr(library, "load", lambda: pytest.fail("it is not to be compiled"))
+    monkeypatch.setattr(library, "find_compiler", lambda: ["cc"])
+    monkeypatch.setenv(library.VARIABLE, "on")
+    with pytest.raises(OptionError, match=r"layers\.0\.self_attn\.qkv has no groups"):
+        opened(replace(made, manifest=replace(made.manifest, decoder=tensors)))
+
+
+@pytest.mark.parametrize("content", [None, b""])
+def test_weights_that_cannot_be_mapped_are_one_line(
+    compiled: ctypes.CDLL, content: bytes | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The manifest need not list the file whose tensors it places."""
+    made = make_folder(tmp_path, Sizes())
+    (tmp_path / "decoder.onnx.data").unlink()
+    if content is not None:
+        (tmp_path / "decoder.onnx.data").write_bytes(content)
+    monkeypatch.setenv(library.VARIABLE, "on")
+    with pytest.raises(CheckpointError, match=r"decoder\.onnx\.data cannot be mapped .*: export the model again$"):
+        opened(made)
+
+
+def test_a_config_of_fewer_layers_is_one_line(
+    compiled: ctypes.CDLL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = make_folder(tmp_path, Sizes())
+    (tmp_path / "config.json").write_text(json.dumps(Sizes(layers=1).shape().config()))
+    monkeypatch.setenv(library.VARIABLE, "on")
+    with pytest.raises(CheckpointError, match=r"config\.json is not that of its graphs: export the model again$"):
+        opened(made)
+
+
+def test_a_config_of_endless_layers_is_told_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = make_folder(tmp_path, Sizes())
+    config = json.dumps(made.sizes.shape().config()).replace(
+        '"num_hidden_layers": 2', '"num_hidden_layers": 10000000000'
+    )
+    (tmp_path / "config.json").write_text(config)
+    monkeypatch.setenv(library.VARIABLE, "on")
+    with pytest.raises(OptionError, match=r"layers\.2\.self_attn\.qkv has no groups"):
+        opened(made)

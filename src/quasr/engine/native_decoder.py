@@ -20,7 +20,7 @@ from quasr.model.config import read_config
 from quasr.native import library
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from numpy.typing import ArrayLike, NDArray
@@ -142,7 +142,7 @@ def _lack(manifest: Manifest, config: TextConfig, runtime: Runtime) -> str | Non
         return f"the folder does not say where its tensors lie: {AGAIN}"
     if config.head_dim % LANES:
         return f"its heads have {config.head_dim} numbers, no multiple of {LANES}"
-    odd = next((name for name, size in _sizes(config).items() if _form(manifest, name, size) is None), None)
+    odd = next((name for name, size in _sizes(config) if _form(manifest, name, size) is None), None)
     return odd and f"{odd} has no groups of {', '.join(map(str, SPANS))}, or another multiple of {SPANS[-1]}"
 
 
@@ -155,8 +155,8 @@ class Form:
     span: int
 
 
-def _sizes(config: TextConfig) -> dict[str, tuple[int, int]]:
-    """(rows, columns) of every matrix."""
+def _sizes(config: TextConfig) -> Iterator[tuple[str, tuple[int, int]]]:
+    """Every matrix's name and (rows, columns). One after the other: a damaged config may tell of any number."""
     queries, pairs = config.heads * config.head_dim, config.kv_heads * config.head_dim
     one_layer = {
         "self_attn.qkv": (queries + 2 * pairs, config.hidden),
@@ -164,8 +164,9 @@ def _sizes(config: TextConfig) -> dict[str, tuple[int, int]]:
         "mlp.gate_up": (2 * config.ffn, config.hidden),
         "mlp.down_proj": (config.hidden, config.ffn),
     }
-    layers = {f"layers.{index}.{name}": size for index in range(config.layers) for name, size in one_layer.items()}
-    return {**layers, "embed_tokens" if config.tied_head else "lm_head": (config.vocab_size, config.hidden)}
+    for index in range(config.layers):
+        yield from ((f"layers.{index}.{name}", size) for name, size in one_layer.items())
+    yield "embed_tokens" if config.tied_head else "lm_head", (config.vocab_size, config.hidden)
 
 
 def _form(manifest: Manifest, name: str, size: tuple[int, int]) -> Form | None:
@@ -176,13 +177,32 @@ def _form(manifest: Manifest, name: str, size: tuple[int, int]) -> Form | None:
         return None
     if (name, weight.dtype, weight.shape, scale.shape) == ("embed_tokens", "int8", size, (rows,)):
         kind, group = SIGNED, columns
-    elif weight.dtype == "uint8" and scale.shape == (rows, *weight.shape[1:2]) and columns % weight.shape[1] == 0:
-        group = columns // weight.shape[1]
-        kind = KINDS.get(8 * weight.shape[2] // group, -1)
+    elif weight.dtype == "uint8" and len(weight.shape) == 3 and scale.shape == (rows, weight.shape[1]):
+        groups, width = weight.shape[1:]
+        if groups < 1 or columns % groups:
+            return None
+        group = columns // groups
+        kind = KINDS.get(8 * width // group, -1)
     else:
         return None
     span = next((span for span in SPANS if group % span == 0), None)
     return None if span is None or kind < 0 else Form(kind, group, span)
+
+
+def _mapped(path: Path) -> NDArray[np.uint8]:
+    """Raises CheckpointError for a file that is missing or empty."""
+    try:
+        return np.memmap(path, np.uint8, "r")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be mapped ({error}): {AGAIN}") from error
+
+
+def _check_facts(folder: Path, manifest: Manifest, config: TextConfig) -> None:
+    """Raises CheckpointError where config.json, which this decoder goes by, is not that of the folder's graphs."""
+    facts = manifest.graph
+    graph = (facts.layers, facts.kv_heads, facts.head_dim, facts.hidden, facts.vocab)
+    if graph != (config.layers, config.kv_heads, config.head_dim, config.hidden, config.vocab_size):
+        raise CheckpointError(f"{folder}'s config.json is not that of its graphs: {AGAIN}")
 
 
 class NativeNetwork:
@@ -192,8 +212,9 @@ class NativeNetwork:
         self.facts, self.threads = manifest.graph, threads
         self.config = read_config(folder).text
         self.stored = np.dtype(np.float16 if compiled.quasr_stored_bytes() == HALF_BYTES else np.float32)
-        self._manifest, self._data = manifest, np.memmap(folder / DATA, np.uint8, "r")
-        self._sizes = _sizes(self.config)
+        self._manifest, self._data = manifest, _mapped(folder / DATA)
+        _check_facts(folder, manifest, self.config)
+        self._sizes = dict(_sizes(self.config))
         self._layers = (Layer * self.config.layers)(*map(self._layer, range(self.config.layers)))
         self._network = self._describe()
         self._decode = compiled.quasr_decode
@@ -231,7 +252,8 @@ class NativeNetwork:
         form = _form(self._manifest, name, size)
         assert form is not None, "the caller looked"
         bits = next((bits for bits, kind in KINDS.items() if kind == form.kind), 8)
-        weight = self._place(f"{name}.weight", (rows, columns * bits // 8), np.uint8)
+        codes = np.int8 if form.kind == SIGNED else np.uint8
+        weight = self._place(f"{name}.weight", (rows, columns * bits // 8), codes)
         scale = self._place(f"{name}.scale", (rows, columns // form.group))
         return Matrix(weight, scale, rows, columns, form.group, form.span, form.kind)
 
@@ -239,7 +261,7 @@ class NativeNetwork:
         """The address of a tensor of so many numbers."""
         tensor = self._manifest.decoder.get(name)
         size, width = math.prod(shape), np.dtype(dtype).itemsize
-        if tensor is None or math.prod(tensor.shape) != size or np.dtype(tensor.dtype).itemsize != width:
+        if tensor is None or math.prod(tensor.shape) != size or tensor.dtype != np.dtype(dtype).name:
             raise CheckpointError(f"{name} is not in the folder as its config.json says: {AGAIN}")
         if tensor.offset < 0 or tensor.offset % width or tensor.offset + size * width > len(self._data):
             raise CheckpointError(f"{name} does not lie inside {DATA}: {AGAIN}")
