@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import shutil
 from typing import TYPE_CHECKING
 
@@ -100,6 +101,74 @@ def test_a_cache_that_cannot_be_written_is_one_line(compiler: Path, tmp_path: Pa
     (tmp_path / "cache").write_text("a file where the folder would be")
     with pytest.raises(ResourceError, match=r"native cannot be written \(Not a directory\): set XDG_CACHE_HOME$"):
         library.load()
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o770, 0o1777])
+def test_a_library_that_others_may_have_put_there_is_not_loaded(compiler: Path, mode: int) -> None:
+    library.load()
+    library._open.cache_clear()
+    library.cache_folder().chmod(mode)
+    with pytest.raises(ResourceError, match=r"native is not yours alone to write: chmod 700 or delete it"):
+        library.load()
+    library.cache_folder().chmod(0o755)
+    assert library.load().quasr_stored_bytes() == 2
+
+
+def test_a_library_of_somebody_else_is_not_loaded(compiler: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    library.load()
+    library._open.cache_clear()
+    (path,) = library.cache_folder().iterdir()
+    if (me := os.geteuid()) == 0:
+        os.chown(path, 12345, -1)
+    else:
+        monkeypatch.setattr(os, "geteuid", lambda: me + 1)
+    with pytest.raises(ResourceError, match=r" is not yours alone to write: chmod 700 or delete it"):
+        library.load()
+
+
+def test_what_is_compiled_is_one_s_own_whatever_the_mask(compiler: Path) -> None:
+    before = os.umask(0)
+    try:
+        library.load()
+    finally:
+        os.umask(before)
+    folder = library.cache_folder()
+    assert [path.stat().st_mode & 0o777 for path in (folder, *folder.iterdir())] == [0o700] * 2
+
+
+def test_a_cache_that_cannot_be_looked_into_is_one_line(compiler: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", f"/{'x' * 300}")
+    with pytest.raises(ResourceError, match=r"native cannot be written \(File name too long\): set XDG_CACHE_HOME$"):
+        library.load()
+
+
+def test_a_user_without_a_home_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr("pathlib.Path.home", nowhere)
+    with pytest.raises(ResourceError, match=r"there is no home folder .*: set XDG_CACHE_HOME$"):
+        library.cache_folder()
+
+
+@pytest.mark.parametrize("own", ["'gcc", "/no such/gcc -m64"])
+def test_a_compiler_of_one_s_own_that_is_not_there_is_named(own: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", own)
+    assert library.find_compiler() is None
+    with pytest.raises(MissingDependencyError, match=r"^CC is .*, which is no command: quote its spaces or unset it$"):
+        library.load()
+
+
+def test_the_first_run_says_what_it_waits_for(compiler: Path, caplog: pytest.LogCaptureFixture) -> None:
+    library.load()
+    assert caplog.messages == [
+        f"the decoder is compiled for this processor, once, into {library.cache_folder()}: some 10 s"
+    ]
+    caplog.clear()
+    library._open.cache_clear()
+    library.load()
+    assert caplog.messages == []
 
 
 def test_which_compiler_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -124,7 +124,7 @@ def who_decodes() -> str:
 def _machine_lack(wish: str) -> str | None:
     """Why C is not for this machine, or None."""
     if library.find_compiler() is None:
-        return library.NO_COMPILER
+        return library.no_compiler()
     if wish == "auto" and MEASURED not in library.processor():
         return f"C is unmeasured on this processor ({library.VARIABLE}=on asks for it)"
     return None

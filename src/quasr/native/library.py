@@ -9,6 +9,7 @@ import os
 import platform
 import shlex
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -47,13 +48,22 @@ def wish() -> str:
 
 def find_compiler() -> list[str] | None:
     """The command of a C compiler: $CC, cc, gcc, clang, or the one of the package ziglang; None where there is none."""
-    own = shlex.split(os.environ.get("CC", ""))
+    try:
+        own = shlex.split(os.environ.get("CC", ""))
+    except ValueError:
+        return None
     if own:
         return own if shutil.which(own[0]) else None
     for name in COMPILERS:
         if path := shutil.which(name):
             return [path]
     return [sys.executable, "-m", "ziglang", "cc"] if find_spec("ziglang") else None
+
+
+def no_compiler() -> str:
+    """Why there is none, and what to do."""
+    own = os.environ.get("CC", "").strip()
+    return f"CC is {own[:80]!r}, which is no command: quote its spaces or unset it" if own else NO_COMPILER
 
 
 def processor(features: Path = FEATURES) -> str:
@@ -67,19 +77,25 @@ def processor(features: Path = FEATURES) -> str:
 
 
 def cache_folder() -> Path:
-    """Where libraries are kept: `quasr/native` in XDG_CACHE_HOME, or else in ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quasr" / "native"
+    """Where libraries are kept: `quasr/native` in XDG_CACHE_HOME, or else in ~/.cache.
+
+    Raises ResourceError for a user without a home.
+    """
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quasr" / "native"
+    except RuntimeError as error:
+        raise ResourceError("there is no home folder to keep what is compiled in: set XDG_CACHE_HOME") from error
 
 
 def load() -> ctypes.CDLL:
     """The library, compiled on first use; found again by source, compiler, flags and processor.
 
-    Raises MissingDependencyError where there is no compiler, ResourceError where it fails or the cache cannot be
-    written.
+    Raises MissingDependencyError where there is no compiler, ResourceError where it fails, or the cache cannot be
+    written or can be by others.
     """
     compiler = find_compiler()
     if compiler is None:
-        raise MissingDependencyError(NO_COMPILER)
+        raise MissingDependencyError(no_compiler())
     return _open(tuple(compiler), cache_folder())
 
 
@@ -88,8 +104,14 @@ def _open(compiler: tuple[str, ...], folder: Path) -> ctypes.CDLL:
     """A library, once loaded, stays so for the whole process."""
     parts = (SOURCE.read_text(encoding="utf-8"), *compiler, _run((*compiler, "--version")), *FLAGS, processor())
     path = folder / f"{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:24]}.so"
-    if not path.is_file():
-        _build(compiler, path)
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _check_owner(folder)
+        if not path.is_file():
+            _build(compiler, path)
+        _check_owner(path)
+    except OSError as error:
+        raise ResourceError(f"{folder} cannot be written ({error.strerror}): set XDG_CACHE_HOME") from error
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
@@ -98,15 +120,25 @@ def _open(compiler: tuple[str, ...], folder: Path) -> ctypes.CDLL:
 
 def _build(compiler: tuple[str, ...], path: Path) -> None:
     """Compiles beside `path` and renames, so that another process sees all of it or nothing."""
-    _log.warning("the decoder is compiled for this processor, once, into %s", path.parent)
-    try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as fresh:
-            target = Path(fresh) / path.name
-            _run((*compiler, *FLAGS, "-o", str(target), str(SOURCE)))
-            target.replace(path)
-    except OSError as error:
-        raise ResourceError(f"{path.parent} cannot be written ({error.strerror}): set XDG_CACHE_HOME") from error
+    _log.warning("the decoder is compiled for this processor, once, into %s: some 10 s", path.parent)
+    with tempfile.TemporaryDirectory(dir=path.parent) as fresh:
+        target = Path(fresh) / path.name
+        _run((*compiler, *FLAGS, "-o", str(target), str(SOURCE)))
+        target.chmod(0o700)
+        # On the disk before it has its name: half a library, after a power cut, would crash whoever loads it.
+        with target.open("rb+") as written:
+            os.fsync(written.fileno())
+        target.replace(path)
+
+
+def _check_owner(path: Path) -> None:
+    """Raises ResourceError for what others may have put there: a library runs as soon as it is loaded."""
+    if not hasattr(os, "geteuid"):
+        return
+    found = path.stat()
+    shared = path.is_dir() and found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    if shared or found.st_uid not in (0, os.geteuid()):
+        raise ResourceError(f"{path} is not yours alone to write: chmod 700 or delete it, or set XDG_CACHE_HOME")
 
 
 def _run(command: tuple[str, ...]) -> str:
