@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from native_folder import Made, Sizes, make_folder, reference
 
+from quasr.engine import native_decoder
 from quasr.engine.native_decoder import NativeDecoder, NativeNetwork, open_native, who_decodes
 from quasr.engine.onnx_session import Runtime
 from quasr.errors import CheckpointError, OptionError, QuasrError
@@ -101,7 +102,7 @@ def test_a_clip_does_not_depend_on_its_neighbours_or_on_threads(
     many = decoder(compiled, made, rows=8, threads=3)
     first = [many.prefill(row, clip).copy()[0] for row, clip in enumerate(clips)]
     newest = np.stack(prompts(made.sizes, *[1] * 8))[:, 0]
-    together = [many.step(newest, np.add(lengths, step)).copy() for step in range(3)]
+    together = [many.step(newest, np.add(lengths, step).tolist()).copy() for step in range(3)]
     for row, clip in enumerate(clips):
         alone = decoder(compiled, made, threads=1)
         assert np.array_equal(alone.prefill(0, clip)[0], first[row])
@@ -118,6 +119,28 @@ def test_a_long_prompt_in_blocks_is_one_token_after_the_other(compiled: ctypes.C
         last = single.step(one[None], [position])
     assert np.array_equal(found, last)
     assert error(found[0], reference(made, clip)[-1]) < TOLERANCE
+
+
+@pytest.mark.parametrize("length", [17, 34, 51, 52, 60])
+def test_a_prompt_in_several_calls_is_that_of_one(
+    compiled: ctypes.CDLL, length: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An interrupt is heard between calls: a prompt of half an hour takes minutes."""
+    made = make_folder(tmp_path, Sizes())
+    (clip,) = prompts(made.sizes, length)
+    whole = decoder(compiled, made, capacity=60).prefill(0, clip)
+    sliced = decoder(compiled, made, rows=2, capacity=60)
+    calls: list[int] = []
+    monkeypatch.setattr(native_decoder, "PROMPT_SLICE", 17)
+    decode = sliced._network.decode
+
+    def counted(cache: native_decoder.Cache, request: native_decoder.Request) -> None:
+        calls.append(request.tokens)
+        decode(cache, request)
+
+    monkeypatch.setattr(sliced._network, "decode", counted)
+    assert np.array_equal(sliced.prefill(1, clip), whole)
+    assert (sum(calls), max(calls), len(calls)) == (length, 17, -(-length // 17))
 
 
 def test_a_moved_row_goes_on(compiled: ctypes.CDLL, tmp_path: Path) -> None:
