@@ -1,8 +1,8 @@
 """What a process does from its start until a saved folder is loaded on a GPU, and until a first clip is transcribed.
 
-    TRITON_CACHE_DIR=cache python tests/gpu/start.py FOLDER
+    TRITON_CACHE_DIR=cache PYTHONPYCACHEPREFIX=bytecode python tests/gpu/start.py FOLDER
 
-The first time with an empty cache directory kernels are compiled; the second time they are there. Two processes are
+The first time with empty folders kernels and bytecode are compiled; the second time they are there. Two processes are
 told of: one as users have it, and one that waits for the device after each stage of the clip. Then come the imports.
 """
 
@@ -143,6 +143,10 @@ def work(folder: str, wait: bool) -> None:
         print(f"{at:7.2f} s {at - before:+6.2f}  {what}")
         before = at
     print(f"{len(lookups)} kernels looked up or compiled in {sum(lookups):.2f} s")
+    import torch
+
+    if not Path(torch.__cached__).is_file():
+        print("torch has no bytecode here: importing it compiles 1,000 modules anew, which takes seconds")
 
 
 def imports() -> None:
