@@ -45,8 +45,10 @@ def test_a_missing_provider_names_its_package(monkeypatch: pytest.MonkeyPatch, p
 def test_wrong_names_and_counts() -> None:
     with pytest.raises(OptionError, match="unknown provider 'gpu': use auto, cpu, cuda, tensorrt"):
         choose_runtime("gpu")
-    with pytest.raises(OptionError, match="threads is 0"):
-        choose_runtime(threads=0)
+    for threads in (0, -1, 1025, 1 << 62):
+        with pytest.raises(OptionError, match=f"threads is {threads}: it must be at least 1 and at most 1024$"):
+            choose_runtime(threads=threads)
+    assert choose_runtime(threads=1024).threads == 1024
 
 
 def test_without_onnx_runtime_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,9 @@ PACKAGES = {
 }
 """What brings each provider."""
 
+MOST_THREADS = 1024
+"""ONNX Runtime breaks off at numbers beyond 31 bits, and threads beyond the cores only slow it."""
+
 ONLY_ERRORS = 3
 """ONNX Runtime's severity: its warnings speak to those who make graphs."""
 
@@ -47,13 +50,13 @@ class Runtime:
 def choose_runtime(provider: str = "auto", threads: int | None = None) -> Runtime:
     """Where graphs run. auto is the CPU: speed on GPUs is the torch engine's, and unmeasured here.
 
-    Raises OptionError for an unknown provider or less than one thread, MissingDependencyError for a provider that the
-    installed ONNX Runtime lacks.
+    Raises OptionError for an unknown provider or a number of threads that cannot be, MissingDependencyError
+    for a provider that the installed ONNX Runtime lacks.
     """
     if provider != "auto" and provider not in PROVIDERS:
         raise OptionError(f"unknown provider {provider[:40]!r}: use auto, {', '.join(PROVIDERS)}")
-    if threads is not None and threads < 1:
-        raise OptionError(f"threads is {threads}: it must be at least 1")
+    if threads is not None and not 1 <= threads <= MOST_THREADS:
+        raise OptionError(f"threads is {threads}: it must be at least 1 and at most {MOST_THREADS}")
     name = "cpu" if provider == "auto" else provider
     if name not in available_providers():
         raise MissingDependencyError(f"this ONNX Runtime has no provider {name}: {PACKAGES[name]}")
