@@ -143,6 +143,17 @@ def test_a_prompt_in_several_calls_is_that_of_one(
     assert (sum(calls), max(calls), len(calls)) == (length, 17, -(-length // 17))
 
 
+def test_memory_that_runs_out_is_told(compiled: ctypes.CDLL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = make_folder(tmp_path, Sizes())
+    (clip,) = prompts(made.sizes, 3)
+    cache = decoder(compiled, made)
+    with monkeypatch.context() as patch:
+        patch.setattr(cache._network, "_decode", lambda *_: 1)
+        with pytest.raises(MemoryError, match="no memory for the decoder's activations"):
+            cache.prefill(0, clip)
+    assert error(cache.prefill(0, clip)[0], reference(made, clip)[-1]) < TOLERANCE
+
+
 def test_a_moved_row_goes_on(compiled: ctypes.CDLL, tmp_path: Path) -> None:
     made = make_folder(tmp_path, Sizes())
     one, two = prompts(made.sizes, 17, 20)
