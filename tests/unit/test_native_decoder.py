@@ -110,6 +110,35 @@ def test_a_clip_does_not_depend_on_its_neighbours_or_on_threads(
             assert np.array_equal(alone.step(newest[row : row + 1], [lengths[row] + step])[0], together[step][row])
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3, 4])
+def test_steps_of_any_number_of_rows_are_those_of_one(compiled: ctypes.CDLL, threads: int, tmp_path: Path) -> None:
+    """1, 2, 4 tokens are a tile of the step's product, 9 are the prompt's."""
+    made = make_folder(tmp_path, SIZES["int4-g32"])
+    clips = prompts(made.sizes, *range(2, 11))
+    alone = []
+    for clip in clips:
+        one = decoder(compiled, made, threads=1)
+        one.prefill(0, clip[:-1])
+        alone.append(one.step(clip[-1:], [len(clip) - 1])[0].copy())
+    for rows in range(1, 10):
+        cache = decoder(compiled, made, rows=rows, threads=threads)
+        for row, clip in enumerate(clips[:rows]):
+            cache.prefill(row, clip[:-1])
+        found = cache.step(np.stack([clip[-1] for clip in clips[:rows]]), list(range(1, rows + 1)))
+        assert np.array_equal(found, alone[:rows])
+
+
+@pytest.mark.parametrize("length", [191, 192, 193, 384, 385])
+def test_a_prompt_may_end_at_a_block_and_fill_the_cache(compiled: ctypes.CDLL, length: int, tmp_path: Path) -> None:
+    made = make_folder(tmp_path, Sizes(layers=1, hidden=128, ffn=128))
+    (clip,) = prompts(made.sizes, length)
+    whole, cut = (decoder(compiled, made, capacity=length) for _ in range(2))
+    found = whole.prefill(0, clip)
+    cut.prefill(0, clip[:-1])
+    assert np.array_equal(found, cut.step(clip[-1:], [length - 1]))
+    assert error(found[0], reference(made, clip)[-1]) < TOLERANCE
+
+
 def test_a_long_prompt_in_blocks_is_one_token_after_the_other(compiled: ctypes.CDLL, tmp_path: Path) -> None:
     made = make_folder(tmp_path, Sizes(layers=1, hidden=128, ffn=128))
     (clip,) = prompts(made.sizes, 401)
