@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from quasr.errors import MissingDependencyError, ResourceError
+from quasr.folders import cache_folder
 from quasr.native import library
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def test_it_is_compiled_once_and_again_when_something_has_changed(
     monkeypatch.setattr(library, "processor", lambda: "another")
     assert library.load().quasr_stored_bytes() == 4
     assert compilations(compiler) == 3
-    assert sorted(path.suffix for path in library.cache_folder().iterdir()) == [".so"] * 3
+    assert sorted(path.suffix for path in cache_folder(library.CACHE).iterdir()) == [".so"] * 3
 
 
 def _load_in_child(_: int) -> int:
@@ -78,14 +79,14 @@ def test_processes_that_build_at_once_do_not_disturb_each_other(compiler: Path) 
     with multiprocessing.get_context("fork").Pool(3) as pool:
         assert pool.map(_load_in_child, range(6), chunksize=1) == [2] * 6
     assert 1 <= compilations(compiler) <= 3
-    assert len(list(library.cache_folder().iterdir())) == 1
+    assert len(list(cache_folder(library.CACHE).iterdir())) == 1
 
 
 def test_a_compiler_that_fails_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scripted(tmp_path, monkeypatch, 'case "$*" in *-o*) echo "no such\ninstruction" >&2; exit 1;; esac')
     with pytest.raises(ResourceError, match=r"the C compiler .* fails \(no such instruction\)$"):
         library.load()
-    assert list(library.cache_folder().iterdir()) == []
+    assert list(cache_folder(library.CACHE).iterdir()) == []
     scripted(tmp_path, monkeypatch, "exit 3")
     with pytest.raises(ResourceError, match=r"fails \(exit code 3\)$"):
         library.load()
@@ -107,17 +108,17 @@ def test_a_cache_that_cannot_be_written_is_one_line(compiler: Path, tmp_path: Pa
 def test_a_library_that_others_may_have_put_there_is_not_loaded(compiler: Path, mode: int) -> None:
     library.load()
     library._open.cache_clear()
-    library.cache_folder().chmod(mode)
+    cache_folder(library.CACHE).chmod(mode)
     with pytest.raises(ResourceError, match=r"native is not yours alone to write: chmod 700 or delete it"):
         library.load()
-    library.cache_folder().chmod(0o755)
+    cache_folder(library.CACHE).chmod(0o755)
     assert library.load().quasr_stored_bytes() == 2
 
 
 def test_a_library_of_somebody_else_is_not_loaded(compiler: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     library.load()
     library._open.cache_clear()
-    (path,) = library.cache_folder().iterdir()
+    (path,) = cache_folder(library.CACHE).iterdir()
     if (me := os.geteuid()) == 0:
         os.chown(path, 12345, -1)
     else:
@@ -132,7 +133,7 @@ def test_what_is_compiled_is_one_s_own_whatever_the_mask(compiler: Path) -> None
         library.load()
     finally:
         os.umask(before)
-    folder = library.cache_folder()
+    folder = cache_folder(library.CACHE)
     assert [path.stat().st_mode & 0o777 for path in (folder, *folder.iterdir())] == [0o700] * 2
 
 
@@ -149,7 +150,7 @@ def test_a_user_without_a_home_is_one_line(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr("pathlib.Path.home", nowhere)
     with pytest.raises(ResourceError, match=r"there is no home folder .*: set XDG_CACHE_HOME$"):
-        library.cache_folder()
+        cache_folder(library.CACHE)
 
 
 @pytest.mark.parametrize("own", ["'gcc", "/no such/gcc -m64"])
@@ -163,7 +164,7 @@ def test_a_compiler_of_one_s_own_that_is_not_there_is_named(own: str, monkeypatc
 def test_the_first_run_says_what_it_waits_for(compiler: Path, caplog: pytest.LogCaptureFixture) -> None:
     library.load()
     assert caplog.messages == [
-        f"the decoder is compiled for this processor, once, into {library.cache_folder()}: some 10 s"
+        f"the decoder is compiled for this processor, once, into {cache_folder(library.CACHE)}: some 10 s"
     ]
     caplog.clear()
     library._open.cache_clear()

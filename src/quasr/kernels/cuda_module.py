@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import os
 import sys
 from dataclasses import dataclass
 from functools import cache
@@ -17,6 +16,8 @@ from tempfile import NamedTemporaryFile
 from typing import TYPE_CHECKING
 
 import torch
+
+from quasr.folders import cache_folder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -132,17 +133,12 @@ def machine_code(text: str, capability: tuple[int, int], macros: Mapping[str, in
     options = [f"--gpu-architecture=sm_{capability[0]}{capability[1]}", "--std=c++17", "-default-device"]
     options += [f"-D{name}={value}" for name, value in sorted(macros.items())]
     key = hashlib.sha256("\0".join([text, *options, str(version())]).encode()).hexdigest()
-    kept = cache_folder() / f"{key}.cubin"
+    kept = cache_folder("cuda") / f"{key}.cubin"
     code = _kept(kept)
     if code is None:
         code = compile_source(text, options)
         _keep(code, kept)
     return code
-
-
-def cache_folder() -> Path:
-    """Where machine code is kept: `quasr/cuda` in XDG_CACHE_HOME, or else in ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quasr" / "cuda"
 
 
 def _kept(path: Path) -> bytes | None:

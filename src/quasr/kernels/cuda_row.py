@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 import triton
 
+from quasr.errors import ResourceError
 from quasr.kernels import cuda_module, triton_attention, triton_linear
 from quasr.kernels.cuda_module import Shape
 from quasr.kernels.triton_matvec import ADD, GATE, HEAD, PLAIN
@@ -124,7 +125,7 @@ def lack(device: torch.device, dtype: torch.dtype) -> str | None:
         if memory < PROGRAM_BYTES:
             return f"they need {PROGRAM_BYTES >> 10} KB of shared memory a program, and this GPU has {memory >> 10} KB"
         _attention(_index(device), 2, dtype == torch.float16)
-    except RuntimeError as error:
+    except (RuntimeError, ResourceError) as error:
         return f"one does not compile or load: {str(error).splitlines()[0]}"
     return None
 

@@ -18,11 +18,15 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from quasr.errors import MissingDependencyError, OptionError, ResourceError
+from quasr.folders import cache_folder
 
 VARIABLE = "QUASR_NATIVE"
 """The environment variable: `auto`, the default, `off` for ONNX Runtime's decoder, or `on`, which fails loudly."""
 
 SOURCE = Path(__file__).with_name("decoder.c")
+
+CACHE = "native"
+"""The cache folder of libraries."""
 
 FLAGS = ("-std=c11", "-O3", "-march=native", "-w", "-fno-math-errno", "-shared", "-fPIC", "-pthread")
 
@@ -76,17 +80,6 @@ def processor(features: Path = FEATURES) -> str:
     return "\n".join(line for line in lines if line.startswith(kept)) or platform.machine()
 
 
-def cache_folder() -> Path:
-    """Where libraries are kept: `quasr/native` in XDG_CACHE_HOME, or else in ~/.cache.
-
-    Raises ResourceError for a user without a home.
-    """
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quasr" / "native"
-    except RuntimeError as error:
-        raise ResourceError("there is no home folder to keep what is compiled in: set XDG_CACHE_HOME") from error
-
-
 def load() -> ctypes.CDLL:
     """The library, compiled on first use; found again by source, compiler, flags and processor.
 
@@ -96,7 +89,7 @@ def load() -> ctypes.CDLL:
     compiler = find_compiler()
     if compiler is None:
         raise MissingDependencyError(no_compiler())
-    return _open(tuple(compiler), cache_folder())
+    return _open(tuple(compiler), cache_folder(CACHE))
 
 
 @cache

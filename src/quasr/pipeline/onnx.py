@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import re
 import shutil
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from quasr.engine.onnx_engine import OnnxEngine
 from quasr.engine.onnx_session import choose_runtime
 from quasr.errors import CheckpointError, MissingDependencyError, OptionError
 from quasr.export.manifest import VERSION, is_onnx_folder, read_manifest
+from quasr.folders import cache_folder
 from quasr.pipeline.retry import SAME_WEIGHTS, Retry
 from quasr.quant.scheme import parse
 from quasr.weights.hub import DEMO, DEMO_FOLDER
@@ -195,15 +195,10 @@ def converted(model: str, folder: Path, weights: Weights) -> Path:
     kind = weights.kind or "int8"
     what = f"{kind}-g{weights.group}" if weights.group else kind
     key = hashlib.sha256(f"{VERSION} {folder.resolve()} {identity(folder)}".encode()).hexdigest()[:16]
-    target = cache_folder() / f"{re.sub(r'[^A-Za-z0-9._-]+', '--', model)[-80:].strip('.-')}-{what}-{key}"
+    target = cache_folder("onnx") / f"{re.sub(r'[^A-Za-z0-9._-]+', '--', model)[-80:].strip('.-')}-{what}-{key}"
     if not _is_whole(target):
         _convert(model, folder, target, Weights(kind, weights.group))
     return target
-
-
-def cache_folder() -> Path:
-    """Where converted models are kept: `quasr/onnx` in XDG_CACHE_HOME, or else in ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quasr" / "onnx"
 
 
 def _is_whole(target: Path) -> bool:
