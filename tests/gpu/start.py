@@ -1,6 +1,6 @@
 """What a process does from its start until a saved folder is loaded on a GPU, and until a first clip is transcribed.
 
-    TRITON_CACHE_DIR=cache PYTHONPYCACHEPREFIX=bytecode python tests/gpu/start.py FOLDER
+    TRITON_CACHE_DIR=cache XDG_CACHE_HOME=cache PYTHONPYCACHEPREFIX=bytecode python tests/gpu/start.py FOLDER
 
 The first time with empty folders kernels and bytecode are compiled; the second time they are there. Two processes are
 told of: one as users have it, and one that waits for the device after each stage of the clip. Then come the imports.

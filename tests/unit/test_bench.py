@@ -271,6 +271,27 @@ def test_each_system_starts_cold_and_then_warm(monkeypatch: pytest.MonkeyPatch) 
     assert asked[1][2] == asked[2][2] != asked[3][2]
 
 
+def test_without_cold_starts_each_system_has_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str]] = []
+
+    def ask(module: str, question: str, environment: Mapping[str, str]) -> Answer:
+        job = Job.from_json(question)
+        assert environment == {}
+        asked.append((job.system, job.task))
+        return Answer(None, "no") if job.system == "bad" else Answer(FOUND.to_json())
+
+    monkeypatch.setattr(run_module, "ask", ask)
+    assert list(bench(JOB, ["bad", "good"], [].append, cold=False)) == [Row("bad", "no"), Row("good", measured=FOUND)]
+    assert asked == [("bad", "all"), ("good", "all")]
+    cells = dict(zip(report().columns(), report().cells(Row("good", measured=FOUND)), strict=True))
+    assert [cells[name] for name in ("ready cold", "ready warm", "first cold", "first warm")] == [
+        "-",
+        "9.00",
+        "-",
+        "5.00",
+    ]
+
+
 def report() -> Report:
     rows = (Row("int8", None, replace(START, first=7.0), FOUND), Row("peer:nf4", "nf4 needs accelerate"))
     return Report(

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from quasr.errors import OptionError
 
 if TYPE_CHECKING:
-    from quasr.bench.job import Bandwidth, Batch, Job
+    from quasr.bench.job import Bandwidth, Batch, Job, Start
     from quasr.bench.run import Row
 
 PACKAGES = ("quasr", "torch", "triton", "transformers", "bitsandbytes", "accelerate", "onnxruntime", "numpy")
@@ -53,14 +53,14 @@ class Report:
     def cells(self, row: Row) -> tuple[str, ...]:
         """What stands under the columns; of a failure the name and the reason."""
         found, cold = row.measured, row.cold
-        if found is None or cold is None:
+        if found is None:
             return (row.system, f"failed: {row.error}")
         share = self.share(row)
         return (
             row.system,
             found.dtype if found.scheme == "none" else f"{found.scheme} in {found.dtype}",
             f"{found.start.load:.2f}",
-            *(f"{seconds:.2f}" for seconds in (cold.ready, found.start.ready, cold.first, found.start.first)),
+            *_starts(cold, found.start),
             _milliseconds(found.prefill),
             _milliseconds(found.token),
             "-" if share is None else f"{share:.0%}",
@@ -128,6 +128,12 @@ class Report:
             "bandwidth_share": self.share(row),
             "batches": batches,
         }
+
+
+def _starts(cold: Start | None, warm: Start) -> tuple[str, ...]:
+    """Seconds until it is ready, and of the first call: cold and warm."""
+    pairs = ((cold and cold.ready, warm.ready), (cold and cold.first, warm.first))
+    return tuple("-" if seconds is None else f"{seconds:.2f}" for pair in pairs for seconds in pair)
 
 
 def _milliseconds(seconds: float | None) -> str:

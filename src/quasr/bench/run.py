@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 WORKER = "quasr.bench.worker"
 
-CACHES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "CUDA_CACHE_PATH")
-"""Environment variables that say where compiled kernels are kept."""
+CACHES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "CUDA_CACHE_PATH", "XDG_CACHE_HOME")
+"""Environment variables that say where compiled kernels are kept; the last one is for quasr's own."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One system. `cold`: the start with empty kernel caches; of a failure there is `error` alone."""
+    """One system. `cold`: the start with empty kernel caches, where it was asked for. A failure has `error` alone."""
 
     system: str
     error: str | None = None
@@ -41,14 +41,20 @@ def bandwidth(job: Job) -> Bandwidth:
     return Bandwidth(**json.loads(found.text))
 
 
-def bench(job: Job, systems: Sequence[str], told: Callable[[str], None]) -> Iterator[Row]:
+def bench(job: Job, systems: Sequence[str], told: Callable[[str], None], *, cold: bool = True) -> Iterator[Row]:
     """A row for each system, in order and as it is done; one that fails says why and does not stop the others.
 
-    `job.system` is replaced by each. `told` gets the name of a system when it starts.
+    `job.system` is replaced by each. `told` gets the name of a system when it starts. Without `cold` there is one
+    process for each, with the caches that are there.
     """
     for system in systems:
         told(system)
-        yield _row(replace(job, system=system))
+        yield (_row if cold else _warm_row)(replace(job, system=system))
+
+
+def _warm_row(job: Job) -> Row:
+    warm = _measure(replace(job, task="all"), {})
+    return Row(job.system, error=warm) if isinstance(warm, str) else Row(job.system, measured=warm)
 
 
 def _row(job: Job) -> Row:

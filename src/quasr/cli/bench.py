@@ -53,6 +53,9 @@ BatchesOption = Annotated[
 SecondsOption = Annotated[float, typer.Option("--seconds", min=0.5, max=1200, help="Length of a clip.")]
 TokensOption = Annotated[int, typer.Option("--tokens", min=2, help="New tokens of each clip; nothing stops earlier.")]
 RepeatsOption = Annotated[int, typer.Option("--repeats", min=1, help="Calls at most, of which the median counts.")]
+ColdOption = Annotated[
+    bool, typer.Option("--cold/--no-cold", help="Start each once more before, with no compiled kernels on disk.")
+]
 ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="Of torch on the CPU.")]
 OutputOption = Annotated[Path | None, typer.Option("--output", "-o", help="Write all figures as JSON here.")]
 
@@ -67,6 +70,7 @@ def bench(
     seconds: SecondsOption = 30.0,
     tokens: TokensOption = 120,
     repeats: RepeatsOption = 5,
+    cold: ColdOption = True,
     device: DeviceOption = "auto",
     threads: ThreadsOption = None,
     output: OutputOption = None,
@@ -87,7 +91,7 @@ def bench(
     sizes = parse_batches(batches or BATCHES[place.type])
     job = Job(systems[0], "", str(place), "all", seconds, tokens, sizes, repeats, threads)
     with _checkpoint(shape, model, keep, HubOptions(hub=hub, revision=revision, offline=offline)) as (name, folder):
-        report = _measure(name, replace(job, folder=str(folder)), systems, output)
+        report = _measure(name, replace(job, folder=str(folder)), systems, output, cold=cold)
     _show(report, output)
     return 1 if report.problems() else 0
 
@@ -126,7 +130,7 @@ def _made(name: str, folder: Path) -> Path:
     return folder
 
 
-def _measure(name: str, job: Job, systems: list[str], output: Path | None) -> Report:
+def _measure(name: str, job: Job, systems: list[str], output: Path | None, *, cold: bool) -> Report:
     """Each row is told, and written to `output`, as soon as it is there: a run that is cut off keeps what is done."""
     from quasr.bench.report import Report, write_json
     from quasr.bench.run import bandwidth
@@ -136,7 +140,7 @@ def _measure(name: str, job: Job, systems: list[str], output: Path | None) -> Re
     note(f"{memory.device}: {memory.bytes_per_second / 1e9:.1f} GB/s ({memory.method})")
     report = Report(name, job, memory, (), tuple(sys.argv))
     note("  ".join(report.columns()))
-    for row in run(job, systems, lambda system: note(f"{system} ...")):
+    for row in run(job, systems, lambda system: note(f"{system} ..."), cold=cold):
         report = replace(report, rows=(*report.rows, row))
         note("  ".join(report.cells(row)))
         if output is not None:
