@@ -148,6 +148,7 @@ def test_ctrl_c_ends_cleanly_and_the_rest_follows(hf: Path, tmp_path: Path) -> N
     check_texts(hf, tmp_path, names)
 
 
+@pytest.mark.slow
 def test_a_job_file_that_is_killed_goes_on(hf: Path, tmp_path: Path) -> None:
     names = make_tree(tmp_path / "in", 40)
     manifest, out = tmp_path / "in" / "jobs.jsonl", tmp_path / "out.jsonl"

@@ -117,7 +117,7 @@ def chosen(found: tuple[Tensor, Tensor], logits: Tensor, dtype: torch.dtype) -> 
     torch.testing.assert_close(logprobs, of_tokens - logits.logsumexp(1), atol=slack, rtol=0)
 
 
-@pytest.mark.parametrize("m", [1, 3, 17])
+@pytest.mark.parametrize("m", [1, pytest.param(3, marks=pytest.mark.slow), 17])
 @pytest.mark.parametrize("scheme", ["int8", "int4-32"])
 def test_products(scheme: str, m: int) -> None:
     products(scheme, torch.float32, m, (34, 192))
@@ -132,6 +132,7 @@ def test_products_of_awkward_shapes(scheme: str, dtype: torch.dtype, m: int, sha
     products(scheme, dtype, m, shape)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("scheme", "parts"), [("int8", 2), ("int4-64", 3), ("int8-96", 2), ("none", 4)])
 def test_products_in_parts(scheme: str, parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 3 steps: parts of unequal lengths, and with 4 parts one that has no columns."""

@@ -120,6 +120,7 @@ def test_json_is_that_of_the_whole_at_once(texts: list[str], words: bool) -> Non
     assert render(whole, "json") == flat + "\n"
 
 
+@pytest.mark.slow
 def test_json_of_long_audio_takes_few_times_its_size() -> None:
     """Ten hours have some 5,000 segments of 80 tokens; a tenth of that here."""
     logprobs = tuple(-0.1 - 1e-6 * n for n in range(80))

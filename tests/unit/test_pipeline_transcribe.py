@@ -292,6 +292,7 @@ def test_a_piece_longer_than_the_model_was_trained_on_is_noticed() -> None:
     assert long_pieces(8.0, None, chunk="none") == []
 
 
+@pytest.mark.slow
 def test_a_file_of_many_long_pieces_is_noticed_once() -> None:
     ((start, end),) = long_pieces(30.0, 5.0, piece_seconds=9.0)
     assert start == 0.0
