@@ -31,6 +31,7 @@ def test_demo_transcribes_its_sample() -> None:
     assert result.finish_reason == "stop"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["onnx", "torch"])
 def test_demo_tells_of_a_piece_longer_than_its_training(engine: str) -> None:
     """Longer than the longest batch of `training/batches.py`; as many tokens as a moment takes."""

@@ -106,6 +106,7 @@ def test_load_within_a_budget(hf: Path) -> None:
         quasr.load(hf, device="cpu", memory="4GB", offload=2)
 
 
+@pytest.mark.slow
 def test_uncut_audio_keeps_to_a_budget(hf: Path, tmp_path: Path, program: Quasr) -> None:
     long = write_wav(tmp_path / "long.wav", 31.0)
     words = ("transcribe", long, "--model", hf, "--device", "cpu", "--max-new-tokens", "2", "--memory", "2GB")

@@ -172,6 +172,7 @@ def test_int4_of_the_large_model_is_1_40_gb() -> None:
     assert estimate(LARGE, candidate, Work(30, 1)).weights <= 1.4e9
 
 
+@pytest.mark.slow
 def test_what_is_chosen_cannot_grow() -> None:
     for budget in ("2.64GB", "3.2GB", "4GB", "5GB"):
         found = chosen(LARGE, budget)
@@ -181,6 +182,7 @@ def test_what_is_chosen_cannot_grow() -> None:
             assert estimate(LARGE, taken.candidate, replace(taken.work, batch=taken.work.batch + 1)).peak > limit
 
 
+@pytest.mark.slow
 def test_nothing_fits_names_a_budget_that_does() -> None:
     with pytest.raises(ResourceError, match=r"nothing fits into 1\.00GB: the least is") as caught:
         _ = chosen(LARGE, "1GB").chosen

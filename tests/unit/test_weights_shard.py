@@ -172,6 +172,7 @@ ENTRIES = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.slow
 @RELAXED
 @given(header=st.dictionaries(st.text(max_size=6), ENTRIES | JSON_VALUES, max_size=3), size=st.integers(0, 64))
 def test_any_header(tmp_path: Path, header: dict[str, Any], size: int) -> None:
