@@ -201,6 +201,18 @@ def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path, monkeypatch:
     assert cuda_module.machine_code("one", (9, 0), {}) == b"code"
 
 
+def test_a_full_disk_leaves_nothing_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, data: bytes) -> int:
+        path.open("wb").close()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(cuda_module, "compile_source", lambda text, options: b"code")
+    monkeypatch.setattr("pathlib.Path.write_bytes", full)
+    assert cuda_module.machine_code("one", (9, 0), {}) == b"code"
+    assert list((tmp_path / "quasr" / "cuda").iterdir()) == []
+
+
 def test_without_nvrtc_triton_takes_the_row(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_module, "_nvrtc", lambda: None)
     with pytest.raises(cuda_module.CompileError, match="NVRTC is not installed"):

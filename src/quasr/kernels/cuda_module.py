@@ -12,7 +12,7 @@ import sys
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from tempfile import NamedTemporaryFile
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import torch
@@ -158,9 +158,10 @@ def _keep(code: bytes, path: Path) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(code + hashlib.sha256(code).digest())
-        Path(file.name).replace(path)
+        with TemporaryDirectory(dir=path.parent) as fresh:
+            written = Path(fresh) / path.name
+            written.write_bytes(code + hashlib.sha256(code).digest())
+            written.replace(path)
     except OSError:
         return
 
