@@ -3,7 +3,7 @@
     python tests/gpu/engine_speed.py int8 1 16 64 256
 
 Clips of 30 s of noise with 120 forced tokens each; the first run compiles, the next two capture graphs, the fourth
-counts. What `docs/log.md` says of the engine was measured so.
+counts; the memory is the most of all four. What `docs/log.md` says of the engine was measured so.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ def measure(engine: FastEngine, clips: int, weights: int) -> str:
     rng = np.random.default_rng(0)
     noise = [(rng.standard_normal(SECONDS * 16000) * 0.1).astype(np.float32) for _ in range(4)]
     requests = [ClipRequest(noise[i % 4], tuple(range(9)), tuple(range(8)), TOKENS) for i in range(clips)]
+    torch.cuda.reset_peak_memory_stats()
     for _ in range(3):
         engine.run(requests)
     torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
     before = [getattr(engine.stats, stage) for stage in STAGES]
     started = time.perf_counter()
     engine.run(requests)
@@ -69,7 +69,7 @@ def main() -> None:
     scheme, *batches = sys.argv[1:]
     device = torch.device("cuda", 0)
     engine = FastEngine(build(scheme, device), (), Placement(device, torch.bfloat16), scheme)
-    weights = torch.cuda.memory_allocated()
+    weights = engine.info.weight_bytes
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {scheme}: {weights / 1e9:.2f} GB of weights")
     for clips in map(int, batches):
         print(measure(engine, clips, weights), flush=True)

@@ -153,14 +153,24 @@ def test_loops_end_where_the_plain_engine_ends_them() -> None:
     ids=str,
 )
 def test_prompts_are_computed_in_even_parts(sizes: list[int], parts: list[int]) -> None:
-    assert [len(part) for part in even_parts(sizes, 2048)] == parts
+    assert [len(part) for part in even_parts(sizes, 2048, 2048)] == parts
+
+
+@pytest.mark.parametrize(
+    ("sizes", "parts"),
+    [([407] * 16, [2, 5, 4, 5]), ([407] * 5, [5]), ([3000, 10, 10], [1, 2]), ([3000], [1]), ([10, 3000], [1, 1])],
+    ids=str,
+)
+def test_a_first_part_may_be_small(sizes: list[int], parts: list[int]) -> None:
+    """Unless all go in one."""
+    assert [len(part) for part in even_parts(sizes, 2048, 1024)] == parts
 
 
 def test_no_part_is_too_large() -> None:
     rng = np.random.default_rng(0)
     for most in (50, 100, 700):
         sizes = rng.integers(1, 101, 40).tolist()
-        parts = list(even_parts(sizes, most))
+        parts = list(even_parts(sizes, most, most))
         assert [index for part in parts for index in part] == list(range(40))
         assert all(len(part) == 1 or sum(sizes[index] for index in part) <= most for part in parts)
 

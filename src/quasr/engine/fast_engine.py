@@ -7,10 +7,12 @@ that one: the device has work while the host reads. It runs on a CPU too, withou
 from __future__ import annotations
 
 import time
+from bisect import bisect_right
 from collections import deque
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -59,6 +61,10 @@ POSITIONS_MULTIPLE = 64
 
 PREFILL_SHARE, LEAST_PREFILL, MOST_PREFILL = 8, 2048, 8192
 """Positions that are encoded and prefilled at once: an eighth of the cache, within bounds."""
+
+FIRST_PREFILL = 2048
+"""The same, at most, where the device has nothing to do meanwhile: its samples are copied and its kernels launched in
+a fraction of the time, and the next part's while it is computed."""
 
 FREE_SHARE = 0.8
 """Of the device's free memory, what the cache may take; the rest is for activations."""
@@ -242,17 +248,20 @@ class FastEngine(Reporting):
         """Clips whose prompts are computed together: one, or as many as the share of the cache allows."""
         assert self._cache is not None
         most = min(max(self._cache.positions // PREFILL_SHARE, LEAST_PREFILL), MOST_PREFILL)
-        for part in even_parts([clip.place.prompt for clip in clips], most):
+        # Where nothing is running the device waits for the first part.
+        first = min(most // 2, FIRST_PREFILL) if not self._rows.clips else most
+        for part in even_parts([clip.place.prompt for clip in clips], most, first):
             # Those with a draft come last, because they may begin with several tokens.
             yield sorted((clips[index] for index in part), key=lambda clip: len(clip.draft))
 
     def _start(self, clips: Sequence[Clip], samples: Iterator[Tensor]) -> None:
         """Puts clips, whose samples come next, into rows: with their first token, or more where there is a draft."""
         assert self._cache is not None
+        lengths, offsets = [clip.place.prompt for clip in clips], [clip.begin for clip in clips]
         with self._spans.measure("encode_seconds"):
-            x = embed_prompts(self._audio, self._decoder, [clip.request for clip in clips], next(samples))
+            rows = self._prefill.rows_for(lengths) if isinstance(self._prefill, GraphedPrefill) else sum(lengths)
+            x = embed_prompts(self._audio, self._decoder, [clip.request for clip in clips], next(samples), rows)
         with self._spans.measure("prefill_seconds"):
-            lengths, offsets = [clip.place.prompt for clip in clips], [clip.begin for clip in clips]
             self._rows.admit(clips, self._decoder.choose(self._prefill.prefill(x, lengths, offsets, self._cache)))
             self._verify([clip for clip in clips if len(clip.draft) > 1 and clip.place.budget > 1])
 
@@ -364,17 +373,27 @@ class FastEngine(Reporting):
         return max(1, limit // self._position_bytes)
 
 
-def even_parts(sizes: Sequence[int], most: int) -> Iterator[range]:
+def even_parts(sizes: Sequence[int], most: int, first: int) -> Iterator[range]:
     """Neighbours that come to at most `most` together, or one that is larger: about as few parts as that takes, of
-    about the same size, because every part reads all weights."""
-    fair = sum(sizes) / -(-sum(sizes) // most)
-    first, inside, before, number = 0, 0, 0, 1
-    for index, size in enumerate(sizes):
+    about the same size, because every part reads all weights. Where there are several, one of at most `first`, or of
+    one, comes before them."""
+    begin = _within(sizes, first) if len(sizes) > 1 and sum(sizes) > most > first else 0
+    if begin:
+        yield range(begin)
+    fair = sum(sizes[begin:]) / max(1, -(-sum(sizes[begin:]) // most))
+    inside, before, number = 0, 0, 1
+    for index in range(begin, len(sizes)):
+        size = sizes[index]
         if inside and (inside + size > most or before + size / 2 > number * fair):
-            yield range(first, index)
-            first, inside, number = index, 0, number + 1
+            yield range(begin, index)
+            begin, inside, number = index, 0, number + 1
         inside, before = inside + size, before + size
-    yield range(first, len(sizes))
+    yield range(begin, len(sizes))
+
+
+def _within(sizes: Sequence[int], most: int) -> int:
+    """How many of the first come to at most `most` together, one at least."""
+    return max(1, bisect_right(list(accumulate(sizes)), most))
 
 
 def _current(device: torch.device) -> AbstractContextManager[object]:

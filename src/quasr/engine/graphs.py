@@ -164,17 +164,30 @@ class GraphedPrefill:
             finish_replays()
         self._cache = self._run = None
 
+    def rows_for(self, lengths: Sequence[int]) -> int:
+        """The rows that embeddings of such prompts are padded to: no more than they are where they run plainly."""
+        sizes, count = self._sizes, sum(lengths)
+        return sizes[bisect_left(sizes, count)] if self._fit(lengths) else count
+
     def prefill(self, embeddings: Tensor, lengths: Sequence[int], offsets: Sequence[int], cache: CachePool) -> Tensor:
-        """As `FastDecoder.prefill`."""
-        sizes = PACKED_TOKENS if attends_whole(self._decoder.kernels) else FEW_TOKENS
-        count, prompts = len(embeddings), len(lengths)
-        if count > sizes[-1] or prompts > PACKED_PROMPTS[-1]:
+        """As `FastDecoder.prefill`; but embeddings that have `rows_for` rows already are overwritten, not copied."""
+        if not self._fit(lengths):
             return self._decoder.prefill(embeddings, lengths, offsets, cache)
         if self._run is None or self._cache is not cache:
             self._cache, self._run = cache, self._launch(partial(self._fill, cache))
-        tokens, room = sizes[bisect_left(sizes, count)], PACKED_PROMPTS[bisect_left(PACKED_PROMPTS, prompts)]
+        tokens, prompts = self.rows_for(lengths), len(lengths)
+        room = PACKED_PROMPTS[bisect_left(PACKED_PROMPTS, prompts)]
         layout = to_device(lay_out(lengths, offsets, tokens, room), embeddings.device)
-        return self._run(F.pad(embeddings, (0, 0, 0, tokens - count)), layout)[:prompts]
+        missing = tokens - len(embeddings)
+        return self._run(F.pad(embeddings, (0, 0, 0, missing)) if missing else embeddings, layout)[:prompts]
+
+    @property
+    def _sizes(self) -> tuple[int, ...]:
+        return PACKED_TOKENS if attends_whole(self._decoder.kernels) else FEW_TOKENS
+
+    def _fit(self, lengths: Sequence[int]) -> bool:
+        """Whether there is a graph for so much."""
+        return sum(lengths) <= self._sizes[-1] and len(lengths) <= PACKED_PROMPTS[-1]
 
     def _fill(self, cache: CachePool, x: Tensor, layout: Tensor) -> Tensor:
         packed = Packed.read(layout, len(x))

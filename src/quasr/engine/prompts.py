@@ -39,8 +39,10 @@ def prompt_length(config: AudioConfig, request: ClipRequest) -> int:
     return len(request.prefix) + config.token_count(frame_count(len(request.samples))) + len(request.suffix)
 
 
-def embed_prompts(audio: AudioSide, decoder: FastDecoder, requests: Sequence[ClipRequest], samples: Tensor) -> Tensor:
-    """(sum of the prompts' lengths, hidden) fp32, prompt after prompt. Nothing waits for the device.
+def embed_prompts(
+    audio: AudioSide, decoder: FastDecoder, requests: Sequence[ClipRequest], samples: Tensor, rows: int
+) -> Tensor:
+    """(rows, hidden) fp32, prompt after prompt, and any token's where rows are left. Nothing waits for the device.
 
     samples: those of the requests, as `mel_torch.join` joins them, on the device.
     """
@@ -51,18 +53,20 @@ def embed_prompts(audio: AudioSide, decoder: FastDecoder, requests: Sequence[Cli
     # A plan has no room for them beside what comes now, which is more.
     del samples
     vectors = audio.encode(mel, frames)
-    layout = _lay_out(requests, [audio.config.token_count(count) for count in frames])
+    layout = _lay_out(requests, [audio.config.token_count(count) for count in frames], rows)
     ids, places = all_to_device(layout, device)
     x = decoder.embed(ids)
     return x.index_copy_(0, places, vectors.to(x.dtype))
 
 
-def _lay_out(requests: Sequence[ClipRequest], audio: Sequence[int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Token ids of all prompts, 0 where audio comes, and the places where it does."""
+def _lay_out(
+    requests: Sequence[ClipRequest], audio: Sequence[int], rows: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(rows,) token ids of all prompts, 0 where audio comes and behind the last, and the places where audio comes."""
     sizes = [
         size for one, count in zip(requests, audio, strict=True) for size in (len(one.prefix), count, len(one.suffix))
     ]
     heard = np.repeat(np.tile([False, True, False], len(requests)), sizes)
-    ids = np.zeros(len(heard), np.int64)
-    ids[~heard] = [token for one in requests for token in (*one.prefix, *one.suffix)]
+    ids = np.zeros(rows, np.int64)
+    ids[np.flatnonzero(~heard)] = [token for one in requests for token in (*one.prefix, *one.suffix)]
     return ids, np.flatnonzero(heard)

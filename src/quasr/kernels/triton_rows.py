@@ -35,8 +35,8 @@ def normalisation(x, y, norm, out, k, eps, ADD: tl.constexpr, BK: tl.constexpr, 
 
 
 @triton.jit
-def gating(x, out, n, BN: tl.constexpr, PDL: tl.constexpr):
-    """out (m, n) = silu(first half) * second half of x (m, 2 n)."""
+def gating(x, out, n, stride, BN: tl.constexpr, PDL: tl.constexpr):
+    """out (m, n), `stride` apart, = silu(first half) * second half of x (m, 2 n)."""
     if PDL:
         gdc_wait()
         gdc_launch()
@@ -44,7 +44,7 @@ def gating(x, out, n, BN: tl.constexpr, PDL: tl.constexpr):
     columns = tl.program_id(1) * BN + tl.arange(0, BN)
     gate = tl.load(x + row * 2 * n + columns, mask=columns < n, other=0).to(tl.float32)
     up = tl.load(x + row * 2 * n + n + columns, mask=columns < n, other=0).to(tl.float32)
-    tl.store(out + row * n + columns, (gate * tl.sigmoid(gate) * up).to(out.dtype.element_ty), mask=columns < n)
+    tl.store(out + row * stride + columns, (gate * tl.sigmoid(gate) * up).to(out.dtype.element_ty), mask=columns < n)
 
 
 @triton.jit
@@ -134,13 +134,11 @@ def add_rms_norm(x: Tensor, y: Tensor | None, norm: Norm) -> Tensor:
     return out
 
 
-def silu_gate(x: Tensor) -> Tensor:
-    """(m, 2 n) -> (m, n): silu(first half) * second half."""
+def silu_gate(x: Tensor, out: Tensor) -> None:
+    """(m, 2 n) -> out (m, n), some columns of a matrix: silu(first half) * second half."""
     n, pdl = x.shape[1] // 2, pdl_works(x.device)
-    out = x.new_empty(len(x), n)
     width = block(n, most=1024)
-    gating[len(x), triton.cdiv(n, width)](x, out, n, BN=width, PDL=pdl, **launch_options(4, pdl))
-    return out
+    gating[len(x), triton.cdiv(n, width)](x, out, n, out.stride(0), BN=width, PDL=pdl, **launch_options(4, pdl))
 
 
 def embed(tokens: Tensor, table: Matrix) -> Tensor:
