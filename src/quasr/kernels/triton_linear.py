@@ -78,12 +78,12 @@ def _gated_by_torch(x: Tensor, matrix: Matrix) -> Tensor:
         silu_gate(F.linear(x, matrix.weight), out)
         return out
     size = triton.cdiv(n, GATE_PARTS)
+    numbers = torch.empty(2 * size, matrix.columns, dtype=matrix.dtype, device=x.device)
     for begin in range(0, n, size):
         count = min(size, n - begin)
-        weight = torch.empty(2 * count, matrix.columns, dtype=matrix.dtype, device=x.device)
         for half, first in enumerate((begin, n + begin)):
-            _dequantise(_rows(matrix, first, count), weight[half * count :][:count])
-        silu_gate(F.linear(x, weight), out[:, begin:][:, :count])
+            _dequantise(_rows(matrix, first, count), numbers[half * count :][:count])
+        silu_gate(F.linear(x, numbers[: 2 * count]), out[:, begin:][:, :count])
     return out
 
 
