@@ -4,8 +4,8 @@
     python tests/gpu/engine_speed.py bf16 mixed 16 64 256
 
 Clips of 30 s of noise with 120 forced tokens each; or, mixed, of 5 to 30 s with four tokens a second, four times as
-many as are decoded together. The first run compiles, the next two capture graphs, the fourth counts; the memory is the most
-of all four. What `docs/log.md` says of the engine was measured so.
+many as are decoded together. The first run compiles, the next two capture graphs, the fourth counts; the memory is the
+most of all four. What `docs/log.md` says of the engine was measured so.
 """
 
 from __future__ import annotations
