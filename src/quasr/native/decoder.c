@@ -24,6 +24,8 @@ enum {
     TILE = 6,             /* tokens that meet them at once: 24 sums stay in registers */
     BLOCK = 192,          /* tokens of a prompt that go through the network at once: bounds memory and cache */
     FEW = 8,              /* up to so many tokens a step's product is faster: it unpacks into registers */
+    AHEAD = 512,          /* bytes that a step asks for before it comes to them, in each of its streams */
+    SCALES_AHEAD = 4,     /* the same in rows, for their scales */
     SPAN = 128,           /* most columns that share a scale of activations */
     SPINS = 2000,         /* looks at a barrier before a thread gives its core away */
     LINE = 64
@@ -348,30 +350,45 @@ INLINE void turn(__m512i *to, int step, const __m512i *v) {
     }
 }
 
-/* Scales of 16 rows from `row` on for group `g` of activations; the last row's where there are no more. */
-INLINE floats scales_of(const matrix *m, int64_t row, int64_t g) {
-    const int64_t groups = m->columns / m->group, own = m->group == m->span ? g : g * m->span / m->group;
+/* Where the scales of sixteen rows, `stride` apart from `row` on, lie from the first one's; the last row's behind that. */
+INLINE __m512i scale_places(const matrix *m, int64_t row, int64_t stride) {
     const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    __m512i index = _mm512_min_epi32(lanes, _mm512_set1_epi32((int)clamp(m->rows - 1 - row, LANES)));
-    index = _mm512_mullo_epi32(index, _mm512_set1_epi32((int)groups));
-    return (floats)_mm512_i32gather_ps(index, m->scales + row * groups + own, sizeof(float));
+    __m512i index = _mm512_mullo_epi32(lanes, _mm512_set1_epi32((int)stride));
+    index = _mm512_min_epi32(index, _mm512_set1_epi32((int)(m->rows - 1 - row)));
+    return _mm512_mullo_epi32(index, _mm512_set1_epi32((int)(m->columns / m->group)));
 }
 
-/* Sixteen rows times `count` tokens, a group of each row at a time, read as it lies: for steps, which wait for memory.
-   So few codes lie between two sums that the processor reads the next ones while it adds these. */
-INLINE void few_tokens(const matrix *m, int64_t row, const quantised *q, int64_t token, int count, int64_t span,
-                       enum kind kind, floats *out) {
-    const int64_t groups = m->columns / span, size = kind == NIBBLES ? span / 2 : span;
-    const int64_t ahead = LANES * bytes(m, m->columns);
+/* Those of sixteen rows for group `g` of activations, of which `share` meet one scale. */
+INLINE floats gather_scales(const float *scales, __m512i places, int64_t g, int64_t share) {
+    return (floats)_mm512_i32gather_ps(places, scales + (share == 1 ? g : g / share), sizeof(float));
+}
+
+/* Asks for the scales of every `step`-th of sixteen rows, `stride` apart. */
+INLINE void ask_scales(const matrix *m, int64_t row, int64_t stride, int64_t lane, int64_t step) {
+    const int64_t groups = m->columns / m->group;
+    for (; lane < LANES; lane += step)
+        __builtin_prefetch(m->scales + clamp(row + lane * stride, m->rows - 1) * groups);
+}
+
+/* Sixteen rows, `stride` apart, times `count` tokens, a group of each row at a time, read as it lies: for steps, which
+   wait for memory. So few codes lie between two sums that the processor reads the next ones while it adds these. */
+INLINE void few_tokens(const matrix *m, int64_t row, int64_t stride, const quantised *q, int64_t token, int count,
+                       int64_t span, enum kind kind, floats *out) {
+    const int64_t groups = m->columns / span, size = kind == NIBBLES ? span / 2 : span, share = m->group / span;
+    const float *scales = m->scales + row * (m->columns / m->group);
+    const __m512i places = scale_places(m, row, stride);
+    const uint8_t *lanes[LANES];
     __m512i slots[4][LANES];
+    for (int lane = 0; lane < LANES; ++lane) lanes[lane] = row_codes(m, row + lane * stride);
     for (int t = 0; t < count; ++t) out[t] = (floats){0};
     for (int64_t g = 0; g < groups; ++g) {
         const int16_t *x = q->codes + (g * q->tokens + token) * span;
+        ask_scales(m, row + SCALES_AHEAD, stride, g, groups);
         for (int lane = 0; lane < LANES; ++lane) {
-            const uint8_t *codes = row_codes(m, row + lane) + g * size;
+            const uint8_t *codes = lanes[lane] + g * size;
             __m512i total[4];
             for (int t = 0; t < count; ++t) total[t] = _mm512_setzero_si512();
-            for (int64_t byte = 0; byte < size; byte += LINE) __builtin_prefetch(codes + ahead + byte);
+            for (int64_t byte = 0; byte < size; byte += LINE) __builtin_prefetch(codes + AHEAD + byte);
             for (int64_t i = 0; i < span / CODES; ++i) {
                 __m512i weight = widen(codes, i, span, kind);
                 for (int t = 0; t < count; ++t)
@@ -379,7 +396,7 @@ INLINE void few_tokens(const matrix *m, int64_t row, const quantised *q, int64_t
             }
             for (int t = 0; t < count; ++t) slots[t][lane] = total[t];
         }
-        floats scale = scales_of(m, row, g);
+        floats scale = gather_scales(scales, places, g, share);
         for (int t = 0; t < count; ++t) {
             int64_t place = g * q->tokens + token + t;
             __m512i nothing = _mm512_set1_epi32(zero_of(kind) * q->sums[place]);
@@ -388,14 +405,20 @@ INLINE void few_tokens(const matrix *m, int64_t row, const quantised *q, int64_t
     }
 }
 
-INLINE void few(const matrix *m, int64_t row, const quantised *q, int64_t token, int count, floats *out) {
-#define CASE(kind_)                                                                             \
-    case kind_:                                                                                 \
-        if (m->span == SPAN) few_tokens(m, row, q, token, count, SPAN, kind_, out);             \
-        else few_tokens(m, row, q, token, count, m->span, kind_, out);                          \
+INLINE void few(const matrix *m, int64_t row, int64_t stride, const quantised *q, int64_t token, int count,
+                floats *out) {
+#define CASE(kind_)                                                                               \
+    case kind_:                                                                                   \
+        if (m->span == SPAN) few_tokens(m, row, stride, q, token, count, SPAN, kind_, out);       \
+        else few_tokens(m, row, stride, q, token, count, m->span, kind_, out);                    \
         break;
     switch ((enum kind)m->kind) { CASE(BYTES) CASE(NIBBLES) CASE(SIGNED) }
 #undef CASE
+}
+
+/* Scales of sixteen rows from `row` on for group `g` of activations. */
+INLINE floats scales_of(const matrix *m, int64_t row, int64_t g) {
+    return gather_scales(m->scales + row * (m->columns / m->group), scale_places(m, row, 1), g, m->group / m->span);
 }
 
 /* PANEL rows of one group as pairs of codes, a row in every lane. */
@@ -488,41 +511,60 @@ static void put(float *to, const float *from, int64_t count, int add) {
     for (int64_t r = 0; r < count; ++r) to[r] = add ? to[r] + from[r] : from[r];
 }
 
-/* Asks for the sixteen rows that a step reads first; behind them `few_tokens` does. */
-static void ask_ahead(const matrix *m, int64_t row) {
-    for (int64_t byte = 0; byte < LANES * bytes(m, m->columns); byte += LINE) __builtin_prefetch(row_codes(m, row) + byte);
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+
+/* Asks for what sixteen streams read first; behind that `few_tokens` does. */
+static void ask_ahead(const matrix *m, int64_t row, int64_t stride) {
+    for (int lane = 0; lane < LANES; ++lane)
+        for (int64_t byte = 0; byte < AHEAD; byte += LINE) __builtin_prefetch(row_codes(m, row + lane * stride) + byte);
 }
 
+/* Some rows times the tokens of a step. Sixteen streams, each of neighbouring rows: memory is read half as fast again
+   from many pages at once as from one after the other. */
+static void streams(const matrix *m, int64_t first, int64_t last, const quantised *q, float *to, int add) {
+    const int64_t stride = (last - first + LANES - 1) / LANES;
+    ask_ahead(m, first, stride);
+    for (int64_t row = first; row < first + stride; ++row)
+        for (int64_t t = 0, now; t < q->tokens; t += now) {
+            floats out[4];
+            now = q->tokens - t >= 4 ? 4 : q->tokens - t >= 2 ? 2 : 1;
+            if (now == 4) few(m, row, stride, q, t, 4, out);
+            else if (now == 2) few(m, row, stride, q, t, 2, out);
+            else few(m, row, stride, q, t, 1, out);
+            for (int64_t i = 0; i < now; ++i)
+                for (int lane = 0; lane < LANES && row + lane * stride < last; ++lane) {
+                    float *place = to + (t + i) * m->rows + row + lane * stride;
+                    *place = add ? *place + out[i][lane] : out[i][lane];
+                }
+        }
+}
+
+#endif
+
 /* Some panels of to (tokens, rows) = x W^T, or += with `add`. */
-static void panels(const matrix *m, int64_t first, int64_t last, const quantised *q, int64_t tokens, float *to,
-                   int add) {
+static void panels(const matrix *m, int64_t first, int64_t last, const quantised *q, float *to, int add) {
     floats out[BLOCK + TILE][PARTS];
-    if (tokens <= FEW) ask_ahead(m, first);
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+    if (q->tokens <= FEW) {
+        streams(m, first, last, q, to, add);
+        return;
+    }
+#endif
     for (int64_t row = first; row < last; row += PANEL) {
         int64_t count = m->rows - row < PANEL ? m->rows - row : PANEL;
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
-        if (tokens > FEW) many(m, row, q, tokens, out);
-        else
-            for (int part = 0; part * LANES < count; ++part)
-                for (int64_t t = 0; t < tokens;) {
-                    floats some[4];
-                    int64_t left = tokens - t, now = left >= 4 ? 4 : left >= 2 ? 2 : 1;
-                    if (now == 4) few(m, row + part * LANES, q, t, 4, some);
-                    else if (now == 2) few(m, row + part * LANES, q, t, 2, some);
-                    else few(m, row + part * LANES, q, t, 1, some);
-                    for (int64_t i = 0; i < now; ++i) out[t++][part] = some[i];
-                }
+        many(m, row, q, q->tokens, out);
 #else
-        plain(m, row, count, q, tokens, (float *)out);
+        plain(m, row, count, q, q->tokens, (float *)out);
 #endif
-        for (int64_t t = 0; t < tokens; ++t) put(to + t * m->rows + row, (const float *)out[t], count, add);
+        for (int64_t t = 0; t < q->tokens; ++t) put(to + t * m->rows + row, (const float *)out[t], count, add);
     }
 }
 
 static void product(team *team, const matrix *m, const quantised *q, float *to, int add) {
     int64_t items = (m->rows + PANEL - 1) / PANEL, first, count;
     while ((count = take(team, items, &first)))
-        panels(m, first * PANEL, clamp((first + count) * PANEL, m->rows), q, q->tokens, to, add);
+        panels(m, first * PANEL, clamp((first + count) * PANEL, m->rows), q, to, add);
     meet(team);
 }
 
