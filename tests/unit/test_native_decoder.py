@@ -20,9 +20,12 @@ from quasr.errors import CheckpointError, OptionError, QuasrError
 from quasr.native import library
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
+
+    from quasr.engine.onnx_decoder import Choice
 
 CPU = Runtime("cpu", 2)
 
@@ -57,6 +60,18 @@ def decoder(compiled: ctypes.CDLL, made: Made, rows: int = 1, capacity: int = 40
     return NativeNetwork(compiled, made.folder, made.manifest, threads).cache(rows, capacity)
 
 
+def prefill(cache: NativeDecoder, row: int, embeddings: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The logits of a prompt (1, vocab)."""
+    cache.prefill(row, embeddings)
+    return cache.logits
+
+
+def step(cache: NativeDecoder, embeddings: NDArray[np.float32], positions: Sequence[int]) -> NDArray[np.float32]:
+    """The logits of a step (rows, vocab)."""
+    cache.step(embeddings, positions)
+    return cache.logits
+
+
 def error(found: NDArray[np.float32], truth: NDArray[Any]) -> float:
     return float(np.linalg.norm(found - truth) / np.linalg.norm(truth))
 
@@ -67,8 +82,8 @@ def check_prompts_and_steps(compiled: ctypes.CDLL, made: Made) -> None:
     cache = decoder(compiled, made, rows=4, capacity=32)
     truth = [reference(made, clip) for clip in clips]
     for row, clip in enumerate(clips):
-        assert error(cache.prefill(row, clip[:-1])[0], truth[row][-2]) < TOLERANCE
-    stepped = cache.step(np.stack([clip[-1] for clip in clips]), [len(clip) - 1 for clip in clips])
+        assert error(prefill(cache, row, clip[:-1])[0], truth[row][-2]) < TOLERANCE
+    stepped = step(cache, np.stack([clip[-1] for clip in clips]), [len(clip) - 1 for clip in clips])
     assert error(stepped, np.stack([one[-1] for one in truth])) < TOLERANCE
 
 
@@ -100,14 +115,14 @@ def test_a_clip_does_not_depend_on_its_neighbours_or_on_threads(
     lengths = [5, 31, 1, 16, 17, 2, 9, 30]
     clips = prompts(made.sizes, *lengths)
     many = decoder(compiled, made, rows=8, threads=3)
-    first = [many.prefill(row, clip).copy()[0] for row, clip in enumerate(clips)]
+    first = [prefill(many, row, clip).copy()[0] for row, clip in enumerate(clips)]
     newest = np.stack(prompts(made.sizes, *[1] * 8))[:, 0]
-    together = [many.step(newest, np.add(lengths, step).tolist()).copy() for step in range(3)]
+    together = [step(many, newest, np.add(lengths, later).tolist()).copy() for later in range(3)]
     for row, clip in enumerate(clips):
         alone = decoder(compiled, made, threads=1)
-        assert np.array_equal(alone.prefill(0, clip)[0], first[row])
-        for step in range(3):
-            assert np.array_equal(alone.step(newest[row : row + 1], [lengths[row] + step])[0], together[step][row])
+        assert np.array_equal(prefill(alone, 0, clip)[0], first[row])
+        for later in range(3):
+            assert np.array_equal(step(alone, newest[row : row + 1], [lengths[row] + later])[0], together[later][row])
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 4])
@@ -118,14 +133,73 @@ def test_steps_of_any_number_of_rows_are_those_of_one(compiled: ctypes.CDLL, thr
     alone = []
     for clip in clips:
         one = decoder(compiled, made, threads=1)
-        one.prefill(0, clip[:-1])
-        alone.append(one.step(clip[-1:], [len(clip) - 1])[0].copy())
+        prefill(one, 0, clip[:-1])
+        alone.append(step(one, clip[-1:], [len(clip) - 1])[0].copy())
     for rows in range(1, 10):
         cache = decoder(compiled, made, rows=rows, threads=threads)
         for row, clip in enumerate(clips[:rows]):
-            cache.prefill(row, clip[:-1])
-        found = cache.step(np.stack([clip[-1] for clip in clips[:rows]]), list(range(1, rows + 1)))
+            prefill(cache, row, clip[:-1])
+        found = step(cache, np.stack([clip[-1] for clip in clips[:rows]]), list(range(1, rows + 1)))
         assert np.array_equal(found, alone[:rows])
+
+
+PIECE = 4096
+"""Logits of which a thread of decoder.c finds the likeliest at once."""
+
+
+@pytest.mark.parametrize("vocab", [1, 15, 16, 203, PIECE, PIECE + 1, 2 * PIECE + 37])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_likeliest_token_is_that_of_its_logits(
+    compiled: ctypes.CDLL, vocab: int, threads: int, tmp_path: Path
+) -> None:
+    made = make_folder(tmp_path, Sizes(layers=1, hidden=32, group=32, heads=(2, 1, 16), ffn=32, vocab=vocab))
+    cache = decoder(compiled, made, rows=3, threads=threads)
+    for row, clip in enumerate(prompts(made.sizes, 3, 2, 1)):
+        assert same_choice(cache.prefill(row, clip), cache.logits)
+    rows = np.concatenate(prompts(made.sizes, 3))
+    assert same_choice(cache.step(rows, [3, 2, 1]), cache.logits)
+
+
+def same_choice(found: Choice, logits: NDArray[np.float32]) -> bool:
+    """By the plain formula in float64."""
+    scores = logits.astype(np.float64)
+    expected = scores.max(axis=1) - np.log(np.exp(scores).sum(axis=1))
+    return bool(
+        np.array_equal(found.tokens, scores.argmax(axis=1)) and np.allclose(found.logprobs, expected, atol=1e-5)
+    )
+
+
+def test_of_equal_tokens_it_is_the_lowest(compiled: ctypes.CDLL, tmp_path: Path) -> None:
+    """Rows of the table that are the same, in lanes, pieces and streams of their own."""
+    made = make_folder(tmp_path, Sizes(layers=1, hidden=32, group=32, heads=(2, 1, 16), ffn=32, vocab=3 * PIECE))
+    (clip,) = prompts(made.sizes, 5)
+    likeliest = int(decoder(compiled, made).prefill(0, clip).tokens[0])
+    data = np.memmap(tmp_path / "decoder.onnx.data", np.uint8, "r+")
+    for leaf, width in (("weight", 32), ("scale", 4)):
+        begin = made.manifest.decoder[f"embed_tokens.{leaf}"].offset
+        rows = data[begin : begin + 3 * PIECE * width].reshape(-1, width)
+        for twin in (1000, 1001, 1016, 5000, 12000):
+            rows[twin] = rows[likeliest]
+    data.flush()
+    cache = decoder(compiled, made, threads=3)
+    found = cache.prefill(0, clip)
+    assert found.tokens.tolist() == [min(likeliest, 1000)]
+    assert same_choice(found, cache.logits)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_no_token_has_a_probability_beside_nan_or_infinity(compiled: ctypes.CDLL, tmp_path: Path, bad: float) -> None:
+    """One logit of 9,000, by its scale. Minus infinity is a token that cannot be."""
+    made = make_folder(tmp_path, Sizes(layers=1, hidden=32, group=32, heads=(2, 1, 16), ffn=32, vocab=9000))
+    (clip,) = prompts(made.sizes, 5)
+    data = np.memmap(tmp_path / "decoder.onnx.data", np.uint8, "r+")
+    begin = made.manifest.decoder["embed_tokens.scale"].offset
+    data[begin : begin + 4 * 9000].view(np.float32)[4321] = bad
+    data.flush()
+    cache = decoder(compiled, made)
+    found = cache.prefill(0, clip)
+    assert np.isfinite(cache.logits).sum() == 8999
+    assert np.isfinite(found.logprobs[0]) == (cache.logits[0, 4321] == -np.inf)
 
 
 @pytest.mark.parametrize("length", [191, 192, 193, 384, 385])
@@ -133,9 +207,9 @@ def test_a_prompt_may_end_at_a_block_and_fill_the_cache(compiled: ctypes.CDLL, l
     made = make_folder(tmp_path, Sizes(layers=1, hidden=128, ffn=128))
     (clip,) = prompts(made.sizes, length)
     whole, cut = (decoder(compiled, made, capacity=length) for _ in range(2))
-    found = whole.prefill(0, clip)
-    cut.prefill(0, clip[:-1])
-    assert np.array_equal(found, cut.step(clip[-1:], [length - 1]))
+    found = prefill(whole, 0, clip)
+    prefill(cut, 0, clip[:-1])
+    assert np.array_equal(found, step(cut, clip[-1:], [length - 1]))
     assert error(found[0], reference(made, clip)[-1]) < TOLERANCE
 
 
@@ -143,9 +217,9 @@ def test_a_long_prompt_in_blocks_is_one_token_after_the_other(compiled: ctypes.C
     made = make_folder(tmp_path, Sizes(layers=1, hidden=128, ffn=128))
     (clip,) = prompts(made.sizes, 401)
     whole, single = (decoder(compiled, made, capacity=401) for _ in range(2))
-    found = whole.prefill(0, clip)
+    found = prefill(whole, 0, clip)
     for position, one in enumerate(clip):
-        last = single.step(one[None], [position])
+        last = step(single, one[None], [position])
     assert np.array_equal(found, last)
     assert error(found[0], reference(made, clip)[-1]) < TOLERANCE
 
@@ -157,7 +231,7 @@ def test_a_prompt_in_several_calls_is_that_of_one(
     """An interrupt is heard between calls: a prompt of half an hour takes minutes."""
     made = make_folder(tmp_path, Sizes())
     (clip,) = prompts(made.sizes, length)
-    whole = decoder(compiled, made, capacity=60).prefill(0, clip)
+    whole = prefill(decoder(compiled, made, capacity=60), 0, clip)
     sliced = decoder(compiled, made, rows=2, capacity=60)
     calls: list[int] = []
     monkeypatch.setattr(native_decoder, "PROMPT_SLICE", 17)
@@ -168,7 +242,7 @@ def test_a_prompt_in_several_calls_is_that_of_one(
         decode(cache, request)
 
     monkeypatch.setattr(sliced._network, "decode", counted)
-    assert np.array_equal(sliced.prefill(1, clip), whole)
+    assert np.array_equal(prefill(sliced, 1, clip), whole)
     assert (sum(calls), max(calls), len(calls)) == (length, 17, -(-length // 17))
 
 
@@ -179,8 +253,8 @@ def test_memory_that_runs_out_is_told(compiled: ctypes.CDLL, tmp_path: Path, mon
     with monkeypatch.context() as patch:
         patch.setattr(cache._network, "_decode", lambda *_: 1)
         with pytest.raises(MemoryError, match="no memory for the decoder's activations"):
-            cache.prefill(0, clip)
-    assert error(cache.prefill(0, clip)[0], reference(made, clip)[-1]) < TOLERANCE
+            prefill(cache, 0, clip)
+    assert error(prefill(cache, 0, clip)[0], reference(made, clip)[-1]) < TOLERANCE
 
 
 def test_a_moved_row_goes_on(compiled: ctypes.CDLL, tmp_path: Path) -> None:
@@ -188,10 +262,10 @@ def test_a_moved_row_goes_on(compiled: ctypes.CDLL, tmp_path: Path) -> None:
     one, two = prompts(made.sizes, 17, 20)
     cache, alone = decoder(compiled, made, rows=2), decoder(compiled, made)
     for row, clip in enumerate((one, two)):
-        cache.prefill(row, clip)
-    alone.prefill(0, two)
+        prefill(cache, row, clip)
+    prefill(alone, 0, two)
     cache.move(1, 0, len(two))
-    assert np.array_equal(cache.step(one[:1], [len(two)]), alone.step(one[:1], [len(two)]))
+    assert np.array_equal(step(cache, one[:1], [len(two)]), step(alone, one[:1], [len(two)]))
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -199,7 +273,7 @@ def test_what_is_not_finite_stays_so(compiled: ctypes.CDLL, tmp_path: Path, bad:
     made = make_folder(tmp_path, Sizes())
     (clip,) = prompts(made.sizes, 12)
     clip[5, 77] = bad
-    assert np.isnan(decoder(compiled, made).prefill(0, clip)).all()
+    assert np.isnan(prefill(decoder(compiled, made), 0, clip)).all()
 
 
 def test_zeros_and_unfilled_memory_are_no_numbers_of_the_network(compiled: ctypes.CDLL, tmp_path: Path) -> None:
@@ -209,7 +283,7 @@ def test_zeros_and_unfilled_memory_are_no_numbers_of_the_network(compiled: ctype
     clip[3:5] = 0
     cache = decoder(compiled, made)
     cache._data[...] = np.nan
-    assert error(cache.prefill(0, clip)[0], reference(made, clip)[-1]) < TOLERANCE
+    assert error(prefill(cache, 0, clip)[0], reference(made, clip)[-1]) < TOLERANCE
 
 
 def test_places_that_are_not_there_are_refused(compiled: ctypes.CDLL, tmp_path: Path) -> None:
@@ -218,11 +292,11 @@ def test_places_that_are_not_there_are_refused(compiled: ctypes.CDLL, tmp_path: 
     (clip,) = prompts(made.sizes, 11)
     for row, tokens in ((0, clip), (2, clip[:3]), (-1, clip[:3]), (0, clip[:3, :5]), (0, clip[:0])):
         with pytest.raises(ValueError):
-            cache.prefill(row, tokens)
+            prefill(cache, row, tokens)
     for positions in ([10], [-1], [1, 2, 3]):
         with pytest.raises(ValueError):
-            cache.step(clip[: len(positions)], positions)
-    assert np.isfinite(cache.prefill(1, clip[:10])).all()
+            step(cache, clip[: len(positions)], positions)
+    assert np.isfinite(prefill(cache, 1, clip[:10])).all()
 
 
 def opened(made: Made, runtime: Runtime = CPU) -> tuple[bool, str]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from quasr.engine.onnx_decoder import Choice
 from quasr.errors import CheckpointError, OptionError, QuasrError
 from quasr.export.manifest import AGAIN
 from quasr.model.config import read_config
@@ -85,7 +86,7 @@ class Cache(Structure):
 class Request(Structure):
     _fields_ = (
         ("embeddings", c_void_p), ("rows", c_void_p), ("positions", c_void_p), ("wanted", c_void_p),
-        ("logits", c_void_p), ("tokens", c_int64), ("outputs", c_int64),
+        ("logits", c_void_p), ("totals", c_void_p), ("likeliest", c_void_p), ("tokens", c_int64), ("outputs", c_int64),
     )  # fmt: skip
 
 
@@ -285,36 +286,41 @@ class NativeDecoder:
         shape = (2, config.layers, rows, config.kv_heads, room * config.head_dim)
         self._data: NDArray[Any] = np.empty(shape, network.stored)
         self._turns = np.stack(_turns(config, room))
+        self.logits: Floats = np.empty((0, config.vocab_size), np.float32)
+        """Of the last call, (rows, vocab), valid until the next."""
         self._logits: Floats = np.empty((rows, config.vocab_size), np.float32)
+        self._totals: Floats = np.empty(rows, np.float32)
+        self._likeliest = np.empty(rows, np.int32)
         parts = (*self._data, *self._turns)
         self._cache = Cache(*(part.ctypes.data for part in parts), rows, room)
 
-    def prefill(self, row: int, embeddings: Floats) -> Floats:
-        """A prompt (tokens, hidden) into row `row` -> logits (1, vocab) after its last position."""
+    def prefill(self, row: int, embeddings: Floats) -> Choice:
+        """A prompt (tokens, hidden) into row `row` -> the one token after its last position."""
         count = len(embeddings)
         for start in range(0, max(count, 1), PROMPT_SLICE):
             part = embeddings[start : start + PROMPT_SLICE]
             end = start + len(part)
             wanted = [len(part) - 1] if end == count else []
             self._run(part, np.full(len(part), row), np.arange(start, end), wanted, row)
-        return self._logits[row : row + 1]
+        return self._choice(slice(row, row + 1))
 
-    def step(self, embeddings: Floats, positions: Sequence[int]) -> Floats:
-        """One more token for the first rows: (rows, hidden) and the positions filled before it.
-
-        Returns logits (rows, vocab), valid until the next call.
-        """
+    def step(self, embeddings: Floats, positions: Sequence[int]) -> Choice:
+        """The next token of the first rows, from this one's (rows, hidden) and the positions filled before it."""
         rows = np.arange(len(positions))
         self._run(embeddings, rows, positions, rows, 0)
-        return self._logits[: len(positions)]
+        return self._choice(slice(len(positions)))
 
     def move(self, source: int, target: int, filled: int) -> None:
         """Gives the place of row `target` to row `source`, of which `filled` positions are in use."""
         used = -(-filled // LANES) * LANES * self._network.config.head_dim
         self._data[:, :, target, :, :used] = self._data[:, :, source, :, :used]
 
+    def _choice(self, rows: slice) -> Choice:
+        self.logits = self._logits[rows]
+        return Choice(self._likeliest[rows], -np.log(self._totals[rows]))
+
     def _run(self, embeddings: Floats, rows: ArrayLike, positions: ArrayLike, wanted: ArrayLike, first: int) -> None:
-        """Logits of the tokens `wanted` go into rows from `first` on. Raises ValueError for what has no place."""
+        """What follows the tokens `wanted` goes into rows from `first` on. Raises ValueError for what has no place."""
         x = np.ascontiguousarray(embeddings, np.float32)
         places = [np.ascontiguousarray(numbers, np.int32) for numbers in (rows, positions, wanted)]
         tokens, config = len(places[0]), self._network.config
@@ -323,7 +329,8 @@ class NativeDecoder:
         limits = (self.rows, self.capacity, tokens)
         if any(((part < 0) | (part >= limit)).any() for part, limit in zip(places, limits, strict=True)):
             raise ValueError(f"there are {self.rows} rows of {self.capacity} positions")
-        addresses = (part.ctypes.data for part in (x, *places, self._logits[first:]))
+        found = (self._logits[first:], self._totals[first:], self._likeliest[first:])
+        addresses = (part.ctypes.data for part in (x, *places, *found))
         self._network.decode(self._cache, Request(*addresses, tokens, len(places[2])))
 
 

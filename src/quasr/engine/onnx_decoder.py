@@ -8,7 +8,7 @@ the last one.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -26,6 +26,21 @@ DEVICE = ("cpu", 0)
 
 PROMPT_SLICE = 1024
 """Positions of a prompt that go through the graph at once: bounds the memory of attention."""
+
+
+class Choice(NamedTuple):
+    """The likeliest token of each row, the lowest of equal ones, and its log softmax: NaN where a logit is."""
+
+    tokens: NDArray[np.integer[Any]]
+    logprobs: NDArray[np.float32]
+
+
+def likeliest(logits: NDArray[np.float32]) -> Choice:
+    """(rows, vocab) -> (rows,) each."""
+    tokens = logits.argmax(axis=1)
+    best = logits[np.arange(len(logits)), tokens]
+    # NaN reaches the sum from wherever it is in the row.
+    return Choice(tokens, -np.log(np.exp(logits - best[:, None]).sum(axis=1)))
 
 
 class StaticCache:
@@ -64,6 +79,9 @@ class OnnxNetwork:
 class DecoderGraph:
     """Runs the graph for one batch of at most `rows` clips over one cache."""
 
+    logits: NDArray[np.float32]
+    """Of the last call, (rows, vocab), valid until the next."""
+
     def __init__(self, session: Any, facts: GraphFacts, rows: int, capacity: int) -> None:
         self._session = session
         self.rows = rows
@@ -71,15 +89,15 @@ class DecoderGraph:
         self._cache = StaticCache(facts, rows, capacity)
         self._binding: Any = None
         self._bound = 0
-        self._logits = np.empty((rows, facts.vocab), np.float32)
+        self.logits = self._logits = np.empty((rows, facts.vocab), np.float32)
         self._embeddings = np.empty((rows, 1, facts.hidden), np.float32)
         self._positions = np.zeros(rows, np.int32)
         self._last = np.zeros(rows, np.int64)
         self._total = np.zeros((), np.int32)
 
-    def prefill(self, row: int, embeddings: NDArray[np.float32]) -> NDArray[np.float32]:
-        """A prompt (tokens, hidden) into row `row` -> logits (1, vocab) after its last position."""
-        logits = self._logits[row : row + 1]
+    def prefill(self, row: int, embeddings: NDArray[np.float32]) -> Choice:
+        """A prompt (tokens, hidden) into row `row` -> the one token after its last position."""
+        self.logits = self._logits[row : row + 1]
         for start in range(0, len(embeddings), PROMPT_SLICE):
             part = embeddings[None, start : start + PROMPT_SLICE]
             end = start + part.shape[1]
@@ -89,14 +107,11 @@ class DecoderGraph:
                 "seqlens_k": np.array([end - 1], np.int32),
                 "total_sequence_length": np.array(end, np.int32),
             }
-            self._session.run_with_iobinding(self._bind(inputs, row, logits))
-        return logits
+            self._session.run_with_iobinding(self._bind(inputs, row, self.logits))
+        return likeliest(self.logits)
 
-    def step(self, embeddings: NDArray[np.float32], positions: Sequence[int]) -> NDArray[np.float32]:
-        """One more token for the first rows: (rows, hidden) and the positions filled before it.
-
-        Returns logits (rows, vocab), valid until the next call.
-        """
+    def step(self, embeddings: NDArray[np.float32], positions: Sequence[int]) -> Choice:
+        """The next token of the first rows, from this one's (rows, hidden) and the positions filled before it."""
         rows = len(positions)
         self._embeddings[:rows, 0] = embeddings
         self._positions[:rows] = positions
@@ -104,7 +119,8 @@ class DecoderGraph:
         if rows != self._bound:
             self._binding, self._bound = self._bind_step(rows), rows
         self._session.run_with_iobinding(self._binding)
-        return self._logits[:rows]
+        self.logits = self._logits[:rows]
+        return likeliest(self.logits)
 
     def move(self, source: int, target: int, filled: int) -> None:
         """Gives the place of row `target` to row `source`, of which `filled` positions are in use."""

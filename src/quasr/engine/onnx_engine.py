@@ -28,7 +28,7 @@ from quasr.engine.base import (
 )
 from quasr.engine.native_decoder import open_native
 from quasr.engine.onnx_audio import AudioGraphs, token_count
-from quasr.engine.onnx_decoder import OnnxNetwork
+from quasr.engine.onnx_decoder import Choice, OnnxNetwork
 from quasr.engine.onnx_session import open_session, out_of_memory
 from quasr.engine.row import Row
 from quasr.engine.token_table import TokenTable
@@ -55,9 +55,9 @@ class Decoder(Protocol):
     rows: int
     capacity: int
 
-    def prefill(self, row: int, embeddings: NDArray[np.float32]) -> NDArray[np.float32]: ...
+    def prefill(self, row: int, embeddings: NDArray[np.float32]) -> Choice: ...
 
-    def step(self, embeddings: NDArray[np.float32], positions: Sequence[int]) -> NDArray[np.float32]: ...
+    def step(self, embeddings: NDArray[np.float32], positions: Sequence[int]) -> Choice: ...
 
     def move(self, source: int, target: int, filled: int) -> None: ...
 
@@ -214,20 +214,16 @@ class OnnxEngine(Reporting):
         rows = [one.row for one in self._running]
         with self._clock("generate_seconds"):
             newest = self._table.rows([row.tokens[-1] for row in rows])
-            logits = self._graph.step(newest, [row.position for row in rows])
+            choice = self._graph.step(newest, [row.position for row in rows])
             for row in rows:
                 row.position += 1
-            self._take(logits, rows)
+            self._take(choice, rows)
 
-    def _take(self, logits: NDArray[np.float32], rows: Sequence[Row]) -> None:
-        """Gives each row its likeliest token, with log softmax(logits): (rows, vocab)."""
-        tokens = logits.argmax(axis=1)
-        best = logits[np.arange(len(rows)), tokens]
-        # NaN reaches the sum from wherever it is in the row.
-        logprobs = -np.log(np.exp(logits - best[:, None]).sum(axis=1))
-        if not np.isfinite(logprobs).all():
+    def _take(self, choice: Choice, rows: Sequence[Row]) -> None:
+        """Gives each row its token."""
+        if not np.isfinite(choice.logprobs).all():
             raise nan_error("fp32")
-        for row, token, logprob in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True):
+        for row, token, logprob in zip(rows, choice.tokens.tolist(), choice.logprobs.tolist(), strict=True):
             row.take(token, logprob, self._stop_ids)
 
     def _leave(self, index: int) -> None:

@@ -28,6 +28,7 @@ enum {
     SCALES_AHEAD = 4,     /* the same in rows, for their scales */
     SPAN = 128,           /* most columns that share a scale of activations */
     SPINS = 2000,         /* looks at a barrier before a thread gives its core away */
+    PIECE = 4096,         /* logits of which a thread finds the likeliest at once */
     LINE = 64
 };
 
@@ -76,11 +77,13 @@ typedef struct {
     int64_t rows, capacity;
 } cache;
 
-/* Tokens, the row and the position of each in ascending order within a row, and those whose logits are wanted. */
+/* Tokens, the row and the position of each in ascending order within a row, and those whose logits are wanted.
+   For each of these: its logits, the likeliest token, and the sum of e^(logit - that token's). */
 typedef struct {
     const float *embeddings;
     const int32_t *rows, *positions, *wanted;
-    float *logits;
+    float *logits, *totals;
+    int32_t *likeliest;
     int64_t tokens, outputs;
 } request;
 
@@ -92,6 +95,12 @@ typedef struct {
     int64_t tokens;
 } quantised;
 
+/* The likeliest of some tokens: its logit, and the sum of e^(logit - this one) over them. */
+typedef struct {
+    float logit, total;
+    int32_t token;
+} choice;
+
 /* What the threads of one call share. `own` and `seen` floats belong to each of them. */
 typedef struct {
     const network *net;
@@ -100,6 +109,7 @@ typedef struct {
     int64_t threads, own;
     float *x, *wide, *attended, *scratch;
     quantised q;
+    choice *choices;
     atomic_int go, arrived, phase;
     atomic_llong cursor;
 } team;
@@ -761,6 +771,62 @@ static void block(team *team, int64_t thread, int64_t begin, int64_t tokens, con
     product(team, &net->head, &q, logits, 0);
 }
 
+/* --- the next token ----------------------------------------------------------------------------------------------- */
+
+INLINE floats load_some(const float *from, int64_t count) {
+    floats v = all(-__builtin_inff());
+    if (count >= LANES) return load(from);
+    for (int64_t lane = 0; lane < count; ++lane) v[lane] = from[lane];
+    return v;
+}
+
+/* Of the tokens from `first` to `last`; the lowest of equal ones. A NaN among the logits goes into the sum. */
+static choice likeliest(const float *logits, int32_t first, int32_t last) {
+    const ints lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    floats top = all(-__builtin_inff()), total = {0};
+    ints where = (ints){0} + first, place = where + lanes;
+    for (int32_t i = first; i < last; i += LANES, place += LANES) {
+        floats v = load_some(logits + i, last - i);
+        ints above = v > top;
+        top = choose(above, v, top);
+        where = (place & above) | (where & ~above);
+    }
+    choice found = {top[0], 0, where[0]};
+    for (int lane = 1; lane < LANES; ++lane)
+        if (top[lane] > found.logit || (top[lane] == found.logit && where[lane] < found.token)) {
+            found.logit = top[lane];
+            found.token = where[lane];
+        }
+    for (int32_t i = first; i < last; i += LANES) total += exponential(load_some(logits + i, last - i) - found.logit);
+    found.total = sum(total);
+    return found;
+}
+
+INLINE int64_t pieces(const network *net) { return (net->head.rows + PIECE - 1) / PIECE; }
+
+/* The pieces are the same for any number of threads, and so are the sums. */
+static void choose_tokens(team *team, int64_t thread) {
+    const request *asked = team->asked;
+    const int64_t vocab = team->net->head.rows, count_of = pieces(team->net);
+    int64_t first, count;
+    while ((count = take(team, asked->outputs * count_of, &first)))
+        for (int64_t item = first; item < first + count; ++item) {
+            int64_t begin = item % count_of * PIECE;
+            team->choices[item] = likeliest(asked->logits + item / count_of * vocab, (int32_t)begin,
+                                            (int32_t)clamp(begin + PIECE, vocab));
+        }
+    meet(team);
+    for (int64_t n = thread; n < asked->outputs; n += team->threads) {
+        const choice *parts = team->choices + n * count_of;
+        choice best = parts[0];
+        float total = 0;
+        for (int64_t i = 1; i < count_of; ++i) best = parts[i].logit > best.logit ? parts[i] : best;
+        for (int64_t i = 0; i < count_of; ++i) total += parts[i].total * exponential(all(parts[i].logit - best.logit))[0];
+        asked->likeliest[n] = best.token;
+        asked->totals[n] = total;
+    }
+}
+
 static void run(team *team, int64_t thread) {
     const request *asked = team->asked;
     const int64_t blocks = (asked->tokens + BLOCK - 1) / BLOCK;
@@ -771,6 +837,7 @@ static void run(team *team, int64_t thread) {
         block(team, thread, begin, end - begin, asked->wanted + done, outputs, asked->logits + done * team->net->head.rows);
         done += outputs;
     }
+    choose_tokens(team, thread);
 }
 
 typedef struct {
@@ -801,6 +868,7 @@ static size_t lay_out(team *team, char *memory, int64_t tokens, int64_t threads)
         {(void **)&team->q.sums, tokens * columns / CODES * 4},
         {(void **)&team->q.scales, tokens * columns / CODES * 4},
         {(void **)&team->scratch, threads * team->own * 4},
+        {(void **)&team->choices, team->asked->outputs * pieces(net) * (int64_t)sizeof(choice)},
     };
     size_t bytes = 0;
     for (size_t i = 0; i < sizeof parts / sizeof *parts; ++i) {
