@@ -157,6 +157,26 @@ def test_many_rows_are_multiplied_by_torch() -> None:
     products("int4-64", WIDE[-1], 300, (48, 192))
 
 
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device: the interpreter does one thing after the other")
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", WIDE[1:], ids=str)
+@pytest.mark.parametrize("scheme", ["none", "int8", "int8-16", "int4-64"])
+def test_products_are_the_same_every_time(scheme: str, dtype: torch.dtype) -> None:
+    """Right once is not enough: a step that runs into the one before it does so now and then."""
+    table, weights, gain = kernels(dtype), matrix(128, 320, scheme, dtype), norm(320, dtype)
+    for m in (17, 40, 70, 200):
+        x = torch.randn(m, 320, device=DEVICE).to(dtype)
+        expected = reference.gated_linear(x.float(), exact(weights)), reference.linear(x.float(), exact(weights))
+        first = table.gated_linear(x, weights), table.linear(x, weights)
+        tokens = table.choose(x.float(), gain, weights)[0]
+        for found, right in zip(first, expected, strict=True):
+            close(found, right, dtype)
+        for _ in range(200):
+            assert torch.equal(table.gated_linear(x, weights), first[0])
+            assert torch.equal(table.linear(x, weights), first[1])
+            assert torch.equal(table.choose(x.float(), gain, weights)[0], tokens)
+
+
 def test_of_equal_logits_the_first_wins() -> None:
     """Rows 40 and 3 of the head are equal and the largest, in different programs."""
     weights = torch.randn(70, 32, device=DEVICE)

@@ -1,4 +1,5 @@
-"""How Triton kernels are launched: programmatic dependent launch, and the interpreter that runs them on a CPU."""
+"""How Triton kernels are launched: programmatic dependent launch, the interpreter that runs them on a CPU, and when
+Hopper's products have ended."""
 
 from __future__ import annotations
 
@@ -7,16 +8,31 @@ from functools import cache
 
 import torch
 import triton
+import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents as gdc_launch
 from triton.language.extra.cuda import gdc_wait
 
-__all__ = ["INTERPRETED", "block", "gdc_launch", "gdc_wait", "launch_options", "pdl_works"]
+__all__ = ["INTERPRETED", "WARP_GROUP", "block", "gdc_launch", "gdc_wait", "launch_options", "pdl_works", "settled"]
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether kernels run on the CPU, slowly, to be tested."""
 
 FIRST_PDL_CAPABILITY = (9, 0)
 """CUDA compute capability of Hopper, the first generation with programmatic dependent launch."""
+
+WARP_GROUP = 4
+"""Warps that multiply together on Hopper."""
+
+
+@triton.jit
+def settled(sums):
+    """sums in fp32, once the products that make them have ended. The interpreter does not know it.
+
+    Products of Hopper's warp groups may read one of their factors out of registers, and while they run. Before 3.7
+    Triton lets the next step of a loop write to those registers (triton-lang/triton#9433): wrong results, now and then.
+    A use of the sums in the loop, which is no instruction, makes it wait for them.
+    """
+    return tl.inline_asm_elementwise("", "=f,0", [sums], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @cache

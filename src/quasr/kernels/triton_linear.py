@@ -12,7 +12,7 @@ import triton.language as tl
 
 from quasr.kernels import reference, triton_matvec, triton_product
 from quasr.kernels.matrix import Matrix
-from quasr.kernels.triton_launch import INTERPRETED, block, launch_options, pdl_works
+from quasr.kernels.triton_launch import INTERPRETED, WARP_GROUP, block, launch_options, pdl_works
 from quasr.kernels.triton_matvec import ADD, GATE, HEAD, PLAIN
 from quasr.kernels.triton_rows import rms_norm, settle, silu_gate
 
@@ -191,7 +191,7 @@ def _launch_product(x: Tensor, matrix: Matrix, out: tuple[Tensor, ...], mode: in
     per = 2 if matrix.bits == 4 else 1
     n, units, step = _outputs(matrix, mode), matrix.columns // per, chosen.columns // per
     group = _group(matrix)
-    pdl = pdl_works(x.device)
+    pdl, packed = pdl_works(x.device), _packed(matrix)
     tiles = triton.cdiv(matrix.rows, chosen.rows), triton.cdiv(len(x), chosen.lines)
     steps = triton.cdiv(triton.cdiv(units, step), chosen.splits)
     parts = torch.empty(
@@ -206,7 +206,8 @@ def _launch_product(x: Tensor, matrix: Matrix, out: tuple[Tensor, ...], mode: in
         BITS=matrix.bits, GROUP=group // per, SCALED=matrix.scale is not None and group == 0, MODE=mode,
         SPLITS=chosen.splits, BM=chosen.lines, BN=chosen.rows, BK=step, TYPE=TYPES[matrix.dtype],
         PRECISION="ieee" if matrix.dtype == torch.float32 else "tf32", EVEN=units % step == 0,
-        PACKED=_packed(matrix), PDL=pdl, AHEAD=triton_product.AHEAD[matrix.bits],
+        PACKED=packed, SETTLE=packed and chosen.warps % WARP_GROUP == 0,
+        PDL=pdl, AHEAD=triton_product.AHEAD[matrix.bits],
         **launch_options(chosen.warps, pdl, chosen.stages),
     )  # fmt: skip
 

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from quasr.kernels.triton_launch import block, gdc_launch, gdc_wait
+from quasr.kernels.triton_launch import block, gdc_launch, gdc_wait, settled
 
 if TYPE_CHECKING:
     from quasr.kernels.matrix import Matrix
@@ -216,7 +216,7 @@ def sum_parts(first, spot, SIZE: tl.constexpr, SPLITS: tl.constexpr):
 def part(
     x, weight, scale, starts, groups, own, begin, end, k, shared,
     BITS: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    TYPE: tl.constexpr, PRECISION: tl.constexpr, EVEN: tl.constexpr, PACKED: tl.constexpr,
+    TYPE: tl.constexpr, PRECISION: tl.constexpr, EVEN: tl.constexpr, PACKED: tl.constexpr, SETTLE: tl.constexpr,
 ):  # fmt: skip
     """Sums over the units begin to end, (BN, BM). groups: where each row's scales begin; shared: the first ones."""
     sums = tl.zeros((BN, BM), tl.float32)
@@ -225,6 +225,8 @@ def part(
         codes, y = read(weight, x, starts, own, units, k, EVEN)
         if GROUP == 0:
             sums = multiply(codes, y, 1.0, sums, BITS, False, TYPE, PACKED, PRECISION)
+            if SETTLE:
+                sums = settled(sums)
         elif GROUP % BK == 0:
             # The scales of the next step: their loads are too narrow to be put into a pipeline.
             ahead = tl.load(scale + groups + tl.minimum(at + BK, k - 1) // GROUP)
@@ -236,6 +238,8 @@ def part(
             where = groups[:, None] + (units // GROUP)[None, :]
             each = tl.load(scale + where, mask=(units < k)[None, :], other=0).to(TYPE)
             sums = multiply(codes, y, each, sums, BITS, True, TYPE, PACKED, PRECISION)
+            if SETTLE:
+                sums = settled(sums)
     return sums
 
 
@@ -255,7 +259,7 @@ def product(
     x, weight, scale, out, places, totals, parts, counters, m, n, k, steps,
     BITS: tl.constexpr, GROUP: tl.constexpr, SCALED: tl.constexpr, MODE: tl.constexpr, SPLITS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr,
-    EVEN: tl.constexpr, PACKED: tl.constexpr, PDL: tl.constexpr, AHEAD: tl.constexpr,
+    EVEN: tl.constexpr, PACKED: tl.constexpr, SETTLE: tl.constexpr, PDL: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """out (m, n) = x W^T, with the MODEs of `triton_matvec.matvec`. With GATE W has 2 n rows.
 
@@ -278,7 +282,7 @@ def product(
     lines = tl.program_id(1) * BM + tl.arange(0, BM)
     own = tl.minimum(lines, m - 1).to(tl.int64) * k
     sums = part(x, weight, scale, starts, groups, own, begin, tl.minimum(begin + steps * BK, k), k, shared,
-                BITS, GROUP, BM, BN, BK, TYPE, PRECISION, EVEN, PACKED)  # fmt: skip
+                BITS, GROUP, BM, BN, BK, TYPE, PRECISION, EVEN, PACKED, SETTLE)  # fmt: skip
     if SPLITS == 1:
         finish(sums, factor, lines, out, places, totals, m, n, MODE, SCALED, BM, BN)
     else:

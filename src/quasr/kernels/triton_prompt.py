@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from quasr.kernels.triton_attention import LEAST_DOT, LOG2_E
-from quasr.kernels.triton_launch import block, gdc_launch, gdc_wait, launch_options, pdl_works
+from quasr.kernels.triton_launch import INTERPRETED, block, gdc_launch, gdc_wait, launch_options, pdl_works, settled
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -81,7 +81,8 @@ def rotation(
 
 
 @triton.jit
-def look(query, keys, values, here, known, p, token, scale, state, DIAGONAL: tl.constexpr, PRECISION: tl.constexpr):
+def look(query, keys, values, here, known, p, token, scale, state, DIAGONAL: tl.constexpr, PRECISION: tl.constexpr,
+         SETTLE: tl.constexpr):  # fmt: skip
     """One block of keys more. state: the running maxima, sums of exponentials (BM,) and weighted values (BM, DP)."""
     largest, weight, sums = state
     k = tl.load(keys + here, mask=known, other=0)
@@ -94,6 +95,8 @@ def look(query, keys, values, here, known, p, token, scale, state, DIAGONAL: tl.
     keep = tl.exp2(largest - raised)
     weight = weight * keep + tl.sum(shares, axis=1)
     sums = sums * keep[:, None] + tl.dot(shares.to(v.dtype), v, input_precision=PRECISION)
+    if SETTLE:
+        sums = settled(sums)
     return raised, weight, sums
 
 
@@ -101,7 +104,7 @@ def look(query, keys, values, here, known, p, token, scale, state, DIAGONAL: tl.
 def attention(
     q, keys, values, starts, begins, out, scale, positions, prompts,
     HEADS: tl.constexpr, KV: tl.constexpr, SIZE: tl.constexpr, GP: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, PP: tl.constexpr, PRECISION: tl.constexpr,
+    BN: tl.constexpr, PP: tl.constexpr, PRECISION: tl.constexpr, SETTLE: tl.constexpr,
 ):  # fmt: skip
     """BM / GP tokens of one prompt, with all the query heads of one key head (flash attention, Dao et al. 2022).
 
@@ -136,13 +139,13 @@ def attention(
         inside = (d < SIZE)[None, :] & (p < BN)[:, None]
         diagonal = first // BN * BN
         for begin in range(0, diagonal, BN):
-            state = look(query, keys, values, begin * SIZE + here, inside, p, token, scale, state, False, PRECISION)
+            places = begin * SIZE + here
+            state = look(query, keys, values, places, inside, p, token, scale, state, False, PRECISION, SETTLE)
         end = tl.minimum(first + TOKENS, count)
         for begin in range(diagonal, end, BN):
             known = inside & (begin + p < end)[:, None]
-            state = look(
-                query, keys, values, begin * SIZE + here, known, begin + p, token, scale, state, True, PRECISION
-            )
+            places = begin * SIZE + here
+            state = look(query, keys, values, places, known, begin + p, token, scale, state, True, PRECISION, SETTLE)
         found = state[2] * (1 / state[1])[:, None]
         tl.store(out + where, found.to(out.dtype.element_ty), mask=mine)
 
@@ -169,6 +172,6 @@ def attend_prompts(q: Tensor, keys: Tensor, values: Tensor, prompts: Prompts, he
         q, keys, values, prompts.starts, prompts.begins, out, heads.size**-0.5 * LOG2_E, keys.shape[1], count,
         HEADS=heads.count, KV=heads.kv_count, SIZE=heads.size, GP=group, DP=block(heads.size, LEAST_DOT), BM=rows,
         BN=KEYS, PP=block(count, PROMPTS), PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-        num_warps=8, num_stages=2,
+        SETTLE=q.dtype != torch.float32 and not INTERPRETED, num_warps=8, num_stages=2,
     )  # fmt: skip
     return out
