@@ -360,7 +360,7 @@ INLINE void turn(__m512i *to, int step, const __m512i *v) {
     }
 }
 
-/* Where the scales of sixteen rows, `stride` apart from `row` on, lie from the first one's; the last row's behind that. */
+/* Where the scales of sixteen rows, `stride` apart from `row` on, lie, from the first's; behind the end, the last's. */
 INLINE __m512i scale_places(const matrix *m, int64_t row, int64_t stride) {
     const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     __m512i index = _mm512_mullo_epi32(lanes, _mm512_set1_epi32((int)stride));
@@ -619,8 +619,8 @@ static void write_token(const team *team, int64_t index, float *qkv, int64_t row
     }
 }
 
-/* scores[query, position] = e^(q k - the largest), for two queries; returns the sums of both. Asks for the next keys, and
-   for the values, which are wanted next: two places are read faster than one. */
+/* scores[query, position] = e^(q k - the largest), for two queries; returns the sums of both. Asks for the next keys,
+   and for the values, which are wanted next: two places are read faster than one. */
 static void weigh(float *scores, float total[2], const float *q, int64_t step, const stored *keys,
                   const stored *values, int64_t seen, int64_t dim, int64_t room) {
     floats top[2] = {all(-__builtin_inff()), all(-__builtin_inff())};
@@ -810,21 +810,21 @@ INLINE int64_t pieces(const network *net) { return (net->head.rows + PIECE - 1) 
 /* The pieces are the same for any number of threads, and so are the sums. */
 static void choose_tokens(team *team, int64_t thread) {
     const request *asked = team->asked;
-    const int64_t vocab = team->net->head.rows, count_of = pieces(team->net);
+    const int64_t vocab = team->net->head.rows, each = pieces(team->net);
     int64_t first, count;
-    while ((count = take(team, asked->outputs * count_of, &first)))
+    while ((count = take(team, asked->outputs * each, &first)))
         for (int64_t item = first; item < first + count; ++item) {
-            int64_t begin = item % count_of * PIECE;
-            team->choices[item] = likeliest(asked->logits + item / count_of * vocab, (int32_t)begin,
+            int64_t begin = item % each * PIECE;
+            team->choices[item] = likeliest(asked->logits + item / each * vocab, (int32_t)begin,
                                             (int32_t)clamp(begin + PIECE, vocab));
         }
     meet(team);
     for (int64_t n = thread; n < asked->outputs; n += team->threads) {
-        const choice *parts = team->choices + n * count_of;
+        const choice *parts = team->choices + n * each;
         choice best = parts[0];
         float total = 0;
-        for (int64_t i = 1; i < count_of; ++i) best = parts[i].logit > best.logit ? parts[i] : best;
-        for (int64_t i = 0; i < count_of; ++i) total += parts[i].total * exponential(all(parts[i].logit - best.logit))[0];
+        for (int64_t i = 1; i < each; ++i) best = parts[i].logit > best.logit ? parts[i] : best;
+        for (int64_t i = 0; i < each; ++i) total += parts[i].total * exponential(all(parts[i].logit - best.logit))[0];
         asked->likeliest[n] = best.token;
         asked->totals[n] = total;
     }
