@@ -55,4 +55,11 @@ def test_the_bundled_graphs(capsys: pytest.CaptureFixture[str]) -> None:
 def test_reading_takes_as_long_as_the_clock_says(monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = iter([0.0, 0.5, 1.0, 1.25, *(number for n in range(2, 6) for number in (n * 10.0, n * 10.0 + 1))])
     monkeypatch.setattr(reading.time, "perf_counter", lambda: next(ticks))
-    assert reading.read_speed(2, 1000) == 1000 / 0.25
+    assert reading.measure_reading(2, 1000).speed == 1000 / 0.25
+
+
+def test_without_a_compiler_numpy_reads_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", "no such compiler")
+    found = reading.measure_reading(2, 1 << 20)
+    assert found.speed > 0
+    assert found.method.startswith("1 MiB by 2 threads, each in order, for want of C (CC is 'no such compiler'")

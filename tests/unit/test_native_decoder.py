@@ -60,6 +60,14 @@ def decoder(compiled: ctypes.CDLL, made: Made, rows: int = 1, capacity: int = 40
     return NativeNetwork(compiled, made.folder, made.manifest, threads).cache(rows, capacity)
 
 
+def test_reading_adds_up_all_that_it_reads(compiled: ctypes.CDLL) -> None:
+    """All of a multiple of sixteen lines of 64 bytes."""
+    words = np.random.default_rng(1).integers(0, 1 << 32, 16 * 16 * 7, np.uint32)
+    compiled.quasr_read.restype = ctypes.c_uint32
+    found = compiled.quasr_read(ctypes.c_void_p(words.ctypes.data), ctypes.c_int64(words.nbytes))
+    assert found == int(words.sum(dtype=np.uint64)) % (1 << 32)
+
+
 def prefill(cache: NativeDecoder, row: int, embeddings: NDArray[np.float32]) -> NDArray[np.float32]:
     """The logits of a prompt (1, vocab)."""
     cache.prefill(row, embeddings)

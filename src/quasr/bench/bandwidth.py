@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from quasr.bench.job import Bandwidth
-from quasr.bench.reading import SIZE, read_speed
+from quasr.bench.reading import measure_reading
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,8 +23,8 @@ def measure_bandwidth(device: torch.device) -> Bandwidth:
     """The best of some trials. On CUDA a copy, whose reads and writes both count; on a CPU reading."""
     if device.type == "cuda":
         return Bandwidth(_cuda(device), "copy of 1 GiB, read and written", torch.cuda.get_device_name(device))
-    threads = torch.get_num_threads()
-    return Bandwidth(read_speed(threads), f"largest number in {SIZE >> 20} MiB with {threads} threads", processor())
+    reading = measure_reading(torch.get_num_threads())
+    return Bandwidth(reading.speed, reading.method, processor())
 
 
 def _cuda(device: torch.device) -> float:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from quasr.bench.reading import read_speed_elsewhere
+from quasr.bench.reading import measure_elsewhere
 from quasr.bench.systems import Prompt
 from quasr.engine.base import ClipRequest
 from quasr.engine.device import choose, peak_memory
@@ -28,6 +28,7 @@ from quasr.types import SAMPLE_RATE
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from quasr.bench.reading import Reading
     from quasr.engine.base import Engine
 
 PRECISIONS = ("fp32", "bf16", "dynamic-int8")
@@ -101,8 +102,8 @@ def main(arguments: Sequence[str]) -> int:
     noise = np.random.default_rng(0).standard_normal(options.seconds * SAMPLE_RATE, dtype=np.float32) / 10
     request = ClipRequest(noise, prompt.prefix, prompt.suffix, options.tokens)
     engine = open_engine(options.folder, options.precision, options.threads)
-    speeds: list[float] = []
-    found = measure(engine, request, options.repeats, lambda: speeds.append(read_speed_elsewhere(options.threads)))
+    readings: list[Reading] = []
+    found = measure(engine, request, options.repeats, lambda: readings.append(measure_elsewhere(options.threads)))
     table = np.array([list(asdict(one).values()) for one in found])
     figures = {
         name: dict(zip(asdict(Stages(0, 0, 0, 0)), np.round(numbers, 4).tolist(), strict=True))
@@ -110,9 +111,9 @@ def main(arguments: Sequence[str]) -> int:
     }
     peak, _ = peak_memory()
     memory = {"peak_mb": (peak or 0) // 10**6, "weights_mb": engine.info.weight_bytes // 10**6}
-    limit = _limit(options.folder, speeds, figures)
+    limit = _limit(options.folder, [one.speed for one in readings], figures)
     engine_facts = {"engine": engine.info.name, "reasons": engine.info.reasons}
-    sys.stdout.write(json.dumps({**engine_facts, **figures, **memory, **limit}) + "\n")
+    sys.stdout.write(json.dumps({**engine_facts, **figures, **memory, **limit, "read": readings[0].method}) + "\n")
     return 0
 
 
