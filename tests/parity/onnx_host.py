@@ -42,7 +42,12 @@ class Host:
     def embed(self, tokens: Sequence[int]) -> Floats:
         """(tokens,) -> (tokens, hidden)."""
         table = self.manifest.embedding
-        rows = self._array(table.offset, table.shape, table.dtype)[list(tokens)]
+        if table.dtype == "uint4":
+            pairs = self._array(table.offset, (table.shape[0], table.shape[1] // 2), "uint8")[list(tokens)]
+            rows = np.empty((len(pairs), table.shape[1]), np.uint8)
+            rows[:, ::2], rows[:, 1::2] = pairs % 16, pairs // 16
+        else:
+            rows = self._array(table.offset, table.shape, table.dtype)[list(tokens)]
         if table.dtype == "float32":
             return rows
         scale = self._array(table.scale_offset, table.scale_shape, "float32")[list(tokens)]

@@ -49,6 +49,18 @@ def checkpoint(folder: Path, shape: Shape, *, original: bool = False) -> Path:
     return folder
 
 
+def untied(folder: Path) -> Path:
+    """A checkpoint with a head of its own."""
+    model = random_model(replace(EVEN, text={**EVEN.text, "tie_word_embeddings": False}))
+    model.config.tie_word_embeddings = False
+    # A seed of its own: what 8 bits cost depends on the weights, and two of 16 seeds go beyond 0.06, by 0.001.
+    head = torch.randn(model.lm_head.weight.shape, generator=torch.Generator().manual_seed(5))
+    model.lm_head.weight = nn.Parameter(head * 0.1)
+    write_hf(model, folder)
+    assert not read_config(folder).text.tied_head
+    return folder
+
+
 def torch_network(folder: Path) -> Qwen3ASR:
     return load_model(folder, read_config(folder), torch.float32, CPU)
 
@@ -100,11 +112,12 @@ def test_fp32_computes_what_torch_computes(shape: Shape, original: bool, tmp_pat
         assert max(decoder_errors(host, network)) < 1e-4
 
 
-def dequantised(network: Qwen3ASR, weights: str, group: int | None) -> Qwen3ASR:
+def dequantised(network: Qwen3ASR, weights: str, group: int | None, head: str = "int8") -> Qwen3ASR:
     """The network with every matrix rounded by the definition: code x scale, in groups or by outputs.
 
-    By outputs: the encoder, all with group 0, and the head without a group.
+    By outputs: the encoder, all with group 0, and the head without a group, unless it has 4 bits.
     """
+    heads = ("decoder.embed_tokens",) if network.config.text.tied_head else ("decoder.lm_head",)
     with torch.no_grad():
         for name, layer in network.named_modules():
             if not isinstance(layer, nn.Linear | nn.Embedding | nn.Conv2d) or name.endswith("conv2d1"):
@@ -112,9 +125,10 @@ def dequantised(network: Qwen3ASR, weights: str, group: int | None) -> Qwen3ASR:
             rows = layer.weight.float().flatten(1)
             columns = rows.shape[1]
             largest = next((size for size in (128, 64, 32, 16) if columns % size == 0), columns)
-            by_outputs = group == 0 or name.startswith("encoder.") or (group is None and ".layers." not in name)
-            size = columns if by_outputs else group or largest
-            quantise = quantise_int4 if weights == "int4" and name.startswith("decoder.layers") else quantise_int8
+            by_4_bits = weights == "int4" and (name.startswith("decoder.layers") or (head == "int4" and name in heads))
+            whole = group is None and ".layers." not in name and not by_4_bits
+            size = columns if group == 0 or name.startswith("encoder.") or whole else group or largest
+            quantise = quantise_int4 if by_4_bits else quantise_int8
             codes, scale = quantise(rows, size)
             rounded = codes.float().unflatten(1, (-1, size)) * scale[..., None]
             layer.weight.copy_(rounded.view(layer.weight.shape))
@@ -134,6 +148,20 @@ def test_quantised_weights_are_the_rounded_ones(even: Path, weights: str, group:
     with torch.inference_mode():
         network, host = dequantised(torch_network(even), weights, group), Host(tmp_path / "onnx")
         assert audio_error(host, network) < 1e-4
+        assert max(decoder_errors(host, network)) < 1e-4
+        tokens = [0, 7, 202]
+        assert relative(host.embed(tokens), network.decoder.embed_tokens(torch.tensor(tokens))) < 1e-6
+
+
+@pytest.mark.parametrize("group", [None, 32])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_a_head_of_4_bits_is_the_rounded_one(even: Path, group: int | None, tied: bool, tmp_path: Path) -> None:
+    """It is the token table too, unless the network has one of its own, which stays in 8 bits."""
+    source = even if tied else untied(tmp_path / "source")
+    manifest = export_folder(source, tmp_path / "onnx", ExportOptions("int4", group, "fp32", "int4"))
+    assert (manifest.embedding.dtype == "uint4") == tied
+    with torch.inference_mode():
+        network, host = dequantised(torch_network(source), "int4", group, "int4"), Host(tmp_path / "onnx")
         assert max(decoder_errors(host, network)) < 1e-4
         tokens = [0, 7, 202]
         assert relative(host.embed(tokens), network.decoder.embed_tokens(torch.tensor(tokens))) < 1e-6
@@ -178,14 +206,7 @@ def test_a_quantised_folder_can_be_written_in_fp32(even: Path, tmp_path: Path) -
     ("options", "most"), [(ExportOptions("fp32"), 1e-4), (ExportOptions("int8", 0), 0.06)], ids=["fp32", "rows"]
 )
 def test_an_untied_head_is_a_matrix_of_its_own(options: ExportOptions, most: float, tmp_path: Path) -> None:
-    text = {**EVEN.text, "tie_word_embeddings": False}
-    model = random_model(replace(EVEN, text=text))
-    model.config.tie_word_embeddings = False
-    # A seed of its own: what 8 bits cost depends on the weights, and two of 16 seeds go beyond 0.06, by 0.001.
-    head = torch.randn(model.lm_head.weight.shape, generator=torch.Generator().manual_seed(5))
-    model.lm_head.weight = nn.Parameter(head * 0.1)
-    write_hf(model, tmp_path / "source")
-    assert not read_config(tmp_path / "source").text.tied_head
+    untied(tmp_path / "source")
     export_folder(tmp_path / "source", tmp_path / "onnx", options)
     with torch.inference_mode():
         network = torch_network(tmp_path / "source")

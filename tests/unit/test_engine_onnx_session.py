@@ -116,3 +116,13 @@ def test_rows_of_the_token_table(tmp_path: Path) -> None:
     np.testing.assert_allclose(rows, expected, rtol=1e-6)
     assert rows.dtype == np.float32
     assert TokenTable(tmp_path, table).rows([]).shape == (0, 8)
+
+
+def test_rows_of_a_token_table_of_nibbles(tmp_path: Path) -> None:
+    """Two codes in a byte, the even column in the low half; 8 stands for 0."""
+    data, scale = bytes([0x0F, 0x80, 0x21, 0x43]), np.array([[0.5], [2.0]], np.float32)
+    (tmp_path / "data").write_bytes(data + scale.tobytes())
+    table = EmbeddingTable("data", 0, (2, 4), "uint4", group=4, scale_offset=4, scale_shape=(2, 1), zero_point=8)
+    rows = TokenTable(tmp_path, table).rows([1, 0])
+    assert rows.tolist() == [[-14, -12, -10, -8], [3.5, -4, -4, 0]]
+    assert TokenTable(tmp_path, table).rows([]).shape == (0, 4)

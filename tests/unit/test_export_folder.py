@@ -122,6 +122,8 @@ def test_weights_default_to_what_the_source_has(source: Path, tmp_path: Path) ->
         export_folder(tmp_path / "q", tmp_path / "eight", ExportOptions("int8"))
     with pytest.raises(OptionError, match="quantised in groups of 64: leave --group out"):
         export_folder(tmp_path / "q", tmp_path / "wide", ExportOptions(group=128))
+    with pytest.raises(OptionError, match="already quantised as int4-g64: leave --head out"):
+        export_folder(tmp_path / "q", tmp_path / "eight", ExportOptions("int4", head="int4"))
     assert not (tmp_path / "eight").exists()
 
 
@@ -149,8 +151,10 @@ def test_layers_that_run_as_one_must_be_quantised_alike(source: Path, tmp_path: 
         (ExportOptions("int4", 0), "4 bits need a scale for every group: take --group 128, or leave it out"),
         (ExportOptions("fp32", 64), "fp32 weights have no scales: leave --group out"),
         (ExportOptions("int5"), "unknown weights 'int5': there is fp32, int8, int4"),
+        (ExportOptions("int4", head="fp32"), "unknown head 'fp32': there is int8, int4"),
+        (ExportOptions("int8", head="int4"), "--head is a choice beside --weights int4"),
     ],
-    ids=["group", "row", "float", "weights"],
+    ids=["group", "row", "float", "weights", "head", "head of int8"],
 )
 def test_options_that_do_not_fit_leave_nothing_behind(
     source: Path, options: ExportOptions, message: str, tmp_path: Path
@@ -275,17 +279,20 @@ def test_a_token_table_that_does_not_fit_its_file_is_one_line(folder: Path, chan
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("group", [None, 64], ids=["row", "groups"])
+@pytest.mark.parametrize(
+    "options", [("int8", None), ("int8", 64), ("int4", 64, "int8", "int4")], ids=["row", "groups", "nibbles"]
+)
 def test_a_token_table_may_end_with_its_file_and_not_a_byte_later(
-    source: Path, group: int | None, tmp_path: Path
+    source: Path, options: tuple[Any, ...], tmp_path: Path
 ) -> None:
-    """By hand: rows of a byte, scales of four bytes, and the file's own size in place of the manifest's."""
-    export_folder(source, tmp_path / "onnx", ExportOptions("int8", group))
+    """By hand: one byte or half a byte a number, four a scale, and the file's size in place of the manifest's."""
+    export_folder(source, tmp_path / "onnx", ExportOptions(*options))
     table = read_manifest(tmp_path / "onnx").embedding
     file = tmp_path / "onnx" / table.file
     (rows, columns), (scale_rows, scales) = table.shape, table.scale_shape
-    last = file.stat().st_size - max(rows * columns, 4 * scale_rows * scales)
-    name = "offset" if rows * columns > 4 * scale_rows * scales else "scale_offset"
+    numbers = rows * columns // (2 if "int4" in options else 1)
+    last = file.stat().st_size - max(numbers, 4 * scale_rows * scales)
+    name = "offset" if numbers > 4 * scale_rows * scales else "scale_offset"
     edit(tmp_path / "onnx", embedding=asdict(replace(table, **{name: last})))
     assert getattr(read_manifest(tmp_path / "onnx").embedding, name) == last
     edit(tmp_path / "onnx", embedding=asdict(replace(table, **{name: last + 1})))

@@ -30,6 +30,10 @@ def export(
         int | None,
         typer.Option("--group", help="Weights that share a scale: 128, 64, 32; 0: a row (int8). Default: what fits."),
     ] = None,
+    head: Annotated[
+        str | None,
+        typer.Option("--head", help="Of int4 weights the head and the token table: int8, or int4. Default: int8."),
+    ] = None,
     activations: Annotated[
         str,
         typer.Option("--activations", help="int8, or fp32: not rounded; 8-bit weights then take 32."),
@@ -45,7 +49,8 @@ def export(
 
     source = resolve(model, HubOptions(hub=hub, revision=revision, offline=offline))
     started = time.perf_counter()
-    manifest = exporter.export_folder(source, output, exporter.ExportOptions(weights, group, activations))
+    options = exporter.ExportOptions(weights, group, activations, head)
+    manifest = exporter.export_folder(source, output, options)
     result(aligned(_rows(manifest)))
     note(f"wrote {output} ({manifest.weights}) in {time.perf_counter() - started:.1f} s")
     return 0

@@ -21,8 +21,10 @@ class TokenTable:
     def __init__(self, folder: Path, table: EmbeddingTable) -> None:
         self._group = table.group
         self._zero = np.float32(table.zero_point)
-        path = folder / table.file
-        self._rows: NDArray[Any] = np.memmap(path, table.dtype, "r", table.offset, table.shape)
+        self._nibbles = table.dtype == "uint4"
+        path, (count, hidden) = folder / table.file, table.shape
+        shape = (count, hidden // 2) if self._nibbles else table.shape
+        self._rows: NDArray[Any] = np.memmap(path, "uint8" if self._nibbles else table.dtype, "r", table.offset, shape)
         self._scale: NDArray[np.float32] | None = (
             np.memmap(path, np.float32, "r", table.scale_offset, table.scale_shape) if table.group else None
         )
@@ -30,7 +32,10 @@ class TokenTable:
     def rows(self, tokens: Sequence[int]) -> NDArray[np.float32]:
         """(n,) tokens -> (n, hidden) float32: code - zero point, times the scale of its group."""
         index = np.asarray(tokens, dtype=np.intp)
-        rows = self._rows[index].astype(np.float32)
+        codes = self._rows[index]
+        if self._nibbles:
+            codes = np.stack((codes & 15, codes >> 4), axis=-1).reshape(len(codes), 2 * codes.shape[1])
+        rows = codes.astype(np.float32)
         if self._scale is None:
             return rows
         groups = (rows - self._zero).reshape(*self._scale[index].shape, self._group) * self._scale[index][..., None]

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 WEIGHTS = ("fp32", "int8", "int4")
 
+HEADS = ("int8", "int4")
+
 JOINED = {
     "self_attn.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "mlp.gate_up": ("mlp.gate_proj", "mlp.up_proj"),
@@ -64,11 +66,13 @@ def matrices(config: ModelConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
 @dataclass(frozen=True, slots=True)
 class Wanted:
     """What the matrices become. `weights` is one of WEIGHTS, or None for what the source has (int8 if nothing);
-    `group` None for what the source has, or the largest that fits, or WHOLE_ROW; the encoder always has that.
+    `group` None for what the source has, or the largest that fits, or WHOLE_ROW; the encoder always has that. `head`:
+    int8, int4, or None for what the source has (int8 if nothing).
     """
 
     weights: str | None = None
     group: int | None = None
+    head: str | None = None
 
 
 @dataclass(slots=True)
@@ -118,6 +122,7 @@ def _weights(wanted: Wanted, recipe: Recipe | None, folder: Path) -> str:
         raise OptionError("4 bits need a scale for every group: take --group 128, or leave it out")
     if wanted.weights == "fp32" and wanted.group is not None:
         raise OptionError("fp32 weights have no scales: leave --group out")
+    _check_head(wanted)
     if recipe is None:
         return wanted.weights or "int8"
     kinds = {scheme.kind for _, scheme in recipe.rules if scheme.kind != "none"}
@@ -128,7 +133,18 @@ def _weights(wanted: Wanted, recipe: Recipe | None, folder: Path) -> str:
         raise OptionError(
             f"{folder} is already quantised as {recipe.name}: leave --weights out, or give the 16-bit original"
         )
+    if wanted.head is not None:
+        raise OptionError(
+            f"{folder} is already quantised as {recipe.name}: leave --head out, or give the 16-bit original"
+        )
     return wanted.weights or own
+
+
+def _check_head(wanted: Wanted) -> None:
+    if wanted.head not in (None, *HEADS):
+        raise OptionError(f"unknown head {wanted.head[:40]!r}: there is {', '.join(HEADS)}")
+    if wanted.head is not None and wanted.weights != "int4":
+        raise OptionError("--head is a choice beside --weights int4; other weights have a head of their own kind")
 
 
 class _Collector:
@@ -138,6 +154,7 @@ class _Collector:
         self.found = Collected(str(wanted.weights))
         self._files, self._wanted, self._quantised = files, wanted, quantised
         self._parts = dict(matrices(config))
+        self._head = EMBEDDING if config.text.tied_head else "decoder.lm_head"
         self._matrix = {layer: name for name, layers in self._parts.items() for layer in layers}
         self._missing: dict[str, set[str]] = {}
 
@@ -183,7 +200,8 @@ class _Collector:
         """Of a layer of a 16-bit source."""
         if by_rows:
             return ROWS
-        if self._wanted.weights == "int4" and name.startswith("decoder.layers."):
+        in_four_bits = name.startswith("decoder.layers.") or (name == self._head and self._wanted.head == "int4")
+        if self._wanted.weights == "int4" and in_four_bits:
             return Format(4, fitting_group(name, _columns(layer), self._wanted.group))
         return self._eight_bits(name, _columns(layer))
 

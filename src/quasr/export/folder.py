@@ -13,7 +13,16 @@ from quasr.export.datafile import DataFile
 from quasr.export.decoder import build_decoder
 from quasr.export.encoder import build_encoder
 from quasr.export.linear import TABLE
-from quasr.export.manifest import MANIFEST_FILE, EmbeddingTable, File, GraphFacts, Manifest, Tensor, is_onnx_folder
+from quasr.export.manifest import (
+    MANIFEST_FILE,
+    NIBBLE_ZERO_POINT,
+    EmbeddingTable,
+    File,
+    GraphFacts,
+    Manifest,
+    Tensor,
+    is_onnx_folder,
+)
 from quasr.export.stem import build_stem
 from quasr.model.config import read_config, read_json
 from quasr.quant.recipe import EMBEDDING
@@ -37,12 +46,14 @@ MAX_POSITIONS = 32_768
 class ExportOptions:
     """`weights` fp32, int8, int4 or None for what the source has, int8 if it is not quantised; `group` 128, 64, 32,
     WHOLE_ROW (int8 only) or None for what the source has, or the largest that fits, with a head that has a scale a
-    row; `activations` are those that meet quantised weights.
+    row; `activations` are those that meet quantised weights; `head` int8 or int4, of int4 weights, None for what the
+    source has, int8 if it is not quantised.
     """
 
     weights: str | None = None
     group: int | None = None
     activations: Activations = "int8"
+    head: str | None = None
 
 
 def export_folder(source: Path, output: Path, options: ExportOptions) -> Manifest:
@@ -66,7 +77,7 @@ def _write(source: Path, config: ModelConfig, options: ExportOptions, fresh: Pat
     positions = _positions(source)
     with ExitStack() as stack:
         data = {name: stack.enter_context(DataFile(fresh / f"{name}.onnx.data")) for name in GRAPHS}
-        collected = collect(source, config, Wanted(options.weights, options.group), data)
+        collected = collect(source, config, Wanted(options.weights, options.group, options.head), data)
         graphs = {
             "stem": build_stem(config.audio, collected, options.activations, data["stem"]),
             "encoder": build_encoder(config.audio, collected, options.activations),
@@ -133,4 +144,6 @@ def _embedding(collected: Collected) -> EmbeddingTable:
     scaled = replace(table, scale_offset=found.scale.offset, scale_shape=(found.rows, found.scale.shape[-1]))
     if found.format == TABLE:
         return replace(scaled, dtype="int8", group=found.columns, scale_shape=(found.rows, 1), zero_point=0)
+    if found.format.bits == 4:
+        return replace(scaled, dtype="uint4", group=found.format.group, zero_point=NIBBLE_ZERO_POINT)
     return replace(scaled, dtype="uint8", group=found.format.group)

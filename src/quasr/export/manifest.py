@@ -20,7 +20,10 @@ VERSION = 1
 ZERO_POINT = 128
 """What stands for 0 in 8 bits."""
 
-TABLE_BYTES = {"uint8": 1, "int8": 1, "float32": 4}
+NIBBLE_ZERO_POINT = 8
+"""What stands for 0 in 4 bits."""
+
+TABLE_BITS = {"uint4": 4, "uint8": 8, "int8": 8, "float32": 32}
 """Of one number, for each dtype that a token table may have."""
 
 AGAIN = "export the model again"
@@ -55,8 +58,8 @@ class GraphFacts:
 class EmbeddingTable:
     """Where the token table lies: `shape` (vocab, hidden) of `dtype` from byte `offset` of `file` on.
 
-    uint8 and int8: row = (codes - zero_point) * scale, a float32 scale for every `group` codes, (vocab, hidden / group)
-    from `scale_offset` on. float32: the rows themselves.
+    uint4 (two in a byte, the even column in the low half), uint8 and int8: row = (codes - zero_point) * scale, a
+    float32 scale for every `group` codes, (vocab, hidden / group) from `scale_offset` on. float32: the rows themselves.
     """
 
     file: str
@@ -71,8 +74,8 @@ class EmbeddingTable:
     @property
     def end(self) -> int:
         """The byte of `file` behind the last of rows and scales."""
-        rows = self.offset + math.prod(self.shape) * TABLE_BYTES[self.dtype]
-        return max(rows, self.scale_offset + math.prod(self.scale_shape) * TABLE_BYTES["float32"])
+        rows = self.offset + math.prod(self.shape) * TABLE_BITS[self.dtype] // 8
+        return max(rows, self.scale_offset + math.prod(self.scale_shape) * TABLE_BITS["float32"] // 8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +190,7 @@ def _check_table(manifest: Manifest) -> None:
         number = getattr(table, name)
         if not isinstance(number, int) or number < 0:
             raise ValueError(f"the embedding's {name} is {str(number)[:80]!r}")
-    if table.file not in manifest.files or table.dtype not in TABLE_BYTES:
+    if table.file not in manifest.files or table.dtype not in TABLE_BITS:
         raise ValueError("the embedding's file or dtype is unknown")
     if bool(table.group) == (table.dtype == "float32") or (table.group and graph.hidden % table.group):
         raise ValueError(f"an embedding in {table.dtype} has no groups of {table.group}")
