@@ -210,6 +210,22 @@ def test_no_token_has_a_probability_beside_nan_or_infinity(compiled: ctypes.CDLL
     assert np.isfinite(found.logprobs[0]) == (cache.logits[0, 4321] == -np.inf)
 
 
+@pytest.mark.parametrize("vocab", [1, PIECE + 1])
+def test_tokens_that_cannot_be_are_an_error_only_alone(compiled: ctypes.CDLL, tmp_path: Path, vocab: int) -> None:
+    """The last token, which has a piece for itself, has minus infinity."""
+    made = make_folder(tmp_path, Sizes(layers=1, hidden=32, group=32, heads=(2, 1, 16), ffn=32, vocab=vocab))
+    (clip,) = prompts(made.sizes, 5)
+    last = prefill(decoder(compiled, made), 0, clip)[0, -1]
+    data = np.memmap(tmp_path / "decoder.onnx.data", np.uint8, "r+")
+    begin = made.manifest.decoder["embed_tokens.scale"].offset
+    data[begin : begin + 4 * vocab].view(np.float32)[-1] *= -np.copysign(np.inf, last)
+    data.flush()
+    cache = decoder(compiled, made)
+    found = cache.prefill(0, clip)
+    assert cache.logits[0, -1] == -np.inf
+    assert np.isnan(found.logprobs[0]) if vocab == 1 else same_choice(found, cache.logits)
+
+
 @pytest.mark.parametrize("length", [191, 192, 193, 384, 385])
 def test_a_prompt_may_end_at_a_block_and_fill_the_cache(compiled: ctypes.CDLL, length: int, tmp_path: Path) -> None:
     made = make_folder(tmp_path, Sizes(layers=1, hidden=128, ffn=128))

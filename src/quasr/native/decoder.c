@@ -800,7 +800,9 @@ static choice likeliest(const float *logits, int32_t first, int32_t last) {
             found.logit = top[lane];
             found.token = where[lane];
         }
-    for (int32_t i = first; i < last; i += LANES) total += exponential(load_some(logits + i, last - i) - found.logit);
+    /* Tokens that all cannot be: -inf less -inf would be NaN, and an error. */
+    const float base = found.logit == -__builtin_inff() ? 0 : found.logit;
+    for (int32_t i = first; i < last; i += LANES) total += exponential(load_some(logits + i, last - i) - base);
     found.total = sum(total);
     return found;
 }
