@@ -153,8 +153,9 @@ def test_one_row_in_bf16(scheme: str) -> None:
 
 
 @pytest.mark.slow
-def test_many_rows_are_multiplied_by_torch() -> None:
-    products("int4-64", WIDE[-1], 300, (48, 192))
+@pytest.mark.parametrize("rows", [48, 34], ids=["even parts", "odd parts"])
+def test_many_rows_are_multiplied_by_torch(rows: int) -> None:
+    products("int4-64", WIDE[-1], 300, (rows, 192))
 
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device: the interpreter does one thing after the other")

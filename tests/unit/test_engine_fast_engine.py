@@ -168,9 +168,9 @@ def test_a_first_part_may_be_small(sizes: list[int], parts: list[int]) -> None:
 
 def test_no_part_is_too_large() -> None:
     rng = np.random.default_rng(0)
-    for most in (50, 100, 700):
+    for most, first in ((50, 50), (100, 100), (700, 700), (50, 0), (100, 50), (700, 350)):
         sizes = rng.integers(1, 101, 40).tolist()
-        parts = list(even_parts(sizes, most, most))
+        parts = list(even_parts(sizes, most, first))
         assert [index for part in parts for index in part] == list(range(40))
         assert all(len(part) == 1 or sum(sizes[index] for index in part) <= most for part in parts)
 
