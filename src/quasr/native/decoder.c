@@ -36,6 +36,7 @@ enum {
 
 typedef float floats __attribute__((vector_size(64)));
 typedef int32_t ints __attribute__((vector_size(64)));
+typedef uint32_t words __attribute__((vector_size(64)));
 typedef int16_t shorts __attribute__((vector_size(32)));
 
 /* How a matrix's codes lie: a byte each with zero at 128, two in a byte with zero at 8, low one first, or signed. */
@@ -911,16 +912,16 @@ int quasr_decode(const network *net, const cache *kv, const request *asked, int6
 /* Reads memory as a step reads weights, for quasr.bench.reading: its 32-bit words added up, sixteen streams at a time. */
 uint32_t quasr_read(const uint8_t *memory, int64_t size) {
     const int64_t share = size / LANES / LINE * LINE;
-    ints total = {0};
+    words total = {0};
     for (int64_t byte = 0; byte < share; byte += LINE)
         for (int64_t lane = 0; lane < LANES; ++lane) {
-            ints line;
+            words line;
             memcpy(&line, memory + lane * share + byte, sizeof line);
             __builtin_prefetch(memory + lane * share + byte + AHEAD);
             total += line;
         }
     uint32_t found = 0;
-    for (int lane = 0; lane < LANES; ++lane) found += (uint32_t)total[lane];
+    for (int lane = 0; lane < LANES; ++lane) found += total[lane];
     return found;
 }
 
