@@ -85,6 +85,10 @@ class FastDecoder:
         """Hidden states (rows, hidden) -> the likeliest tokens (rows,) and their log-probabilities."""
         return self.kernels.choose(hidden, self.norm, self.head)
 
+    def rows_for(self, lengths: Sequence[int]) -> int:
+        """Embeddings that `prefill` takes for such prompts: one for each token."""
+        return sum(lengths)
+
     def prefill(self, embeddings: Tensor, lengths: Sequence[int], offsets: Sequence[int], cache: CachePool) -> Tensor:
         """Fills the cache with whole prompts; hidden states (prompts, hidden) fp32 of their last positions.
 

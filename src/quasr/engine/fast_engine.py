@@ -259,7 +259,7 @@ class FastEngine(Reporting):
         assert self._cache is not None
         lengths, offsets = [clip.place.prompt for clip in clips], [clip.begin for clip in clips]
         with self._spans.measure("encode_seconds"):
-            rows = self._prefill.rows_for(lengths) if isinstance(self._prefill, GraphedPrefill) else sum(lengths)
+            rows = self._prefill.rows_for(lengths)
             x = embed_prompts(self._audio, self._decoder, [clip.request for clip in clips], next(samples), rows)
         with self._spans.measure("prefill_seconds"):
             self._rows.admit(clips, self._decoder.choose(self._prefill.prefill(x, lengths, offsets, self._cache)))

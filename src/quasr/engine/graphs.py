@@ -166,8 +166,9 @@ class GraphedPrefill:
 
     def rows_for(self, lengths: Sequence[int]) -> int:
         """The rows that embeddings of such prompts are padded to: no more than they are where they run plainly."""
-        sizes, count = self._sizes, sum(lengths)
-        return sizes[bisect_left(sizes, count)] if self._fit(lengths) else count
+        if not self._fit(lengths):
+            return self._decoder.rows_for(lengths)
+        return self._sizes[bisect_left(self._sizes, sum(lengths))]
 
     def prefill(self, embeddings: Tensor, lengths: Sequence[int], offsets: Sequence[int], cache: CachePool) -> Tensor:
         """As `FastDecoder.prefill`; but embeddings that have `rows_for` rows already are overwritten, not copied."""
