@@ -29,7 +29,8 @@ from quasr.engine.row import Row
 from quasr.engine.rows import Clip, Rows
 from quasr.engine.spans import Spans
 from quasr.engine.staging import Staging
-from quasr.engine.steps import BUCKETS, Steps, finish_replays
+from quasr.engine.steps import BUCKETS, Steps
+from quasr.engine.streams import finish_replays, work_stream
 from quasr.engine.torch_engine import memory_advice, network_info
 from quasr.errors import OptionError
 from quasr.kernels import dispatch
@@ -136,6 +137,10 @@ class FastEngine(Reporting):
         self._cache: CachePool | None = None
         self._most = self._most_positions()
         self._forget_clips()
+        if placement.device.type == "cuda":
+            # All of this was queued on the caller's stream, and what was freed there serves no other.
+            torch.cuda.synchronize(placement.device)
+            torch.cuda.empty_cache()
         how = f"{kernels.name} kernels ({kernels.reason}), {'CUDA graphs' if graphs else 'no CUDA graphs'}"
         self._info = replace(
             network_info("fast", model, placement, scheme),
@@ -179,7 +184,7 @@ class FastEngine(Reporting):
             self._scheduler.cancel(clip.place, time.monotonic())
         self._starting = [clip for clip in self._starting if not clip.over]
         if gone:
-            with torch.inference_mode():
+            with _current(self._device), torch.inference_mode():
                 self._rows.drop()
 
     def close(self) -> None:
@@ -397,8 +402,9 @@ def _within(sizes: Sequence[int], most: int) -> int:
 
 
 def _current(device: torch.device) -> AbstractContextManager[object]:
-    """Makes a GPU the one that kernels are launched on, and that is waited for before graphs are dropped."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    """Makes a GPU the one that kernels are launched on, in its work stream, and that is waited for before graphs are
+    dropped."""
+    return torch.cuda.stream(work_stream(device.index or 0)) if device.type == "cuda" else nullcontext()
 
 
 def _free_bytes(device: torch.device) -> int:

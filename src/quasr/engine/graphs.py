@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from quasr.engine.packed import Packed, lay_out
-from quasr.engine.steps import finish_replays
+from quasr.engine.streams import finish_replays, work_stream
 from quasr.kernels import reference
 from quasr.model.transfer import to_device
 
@@ -67,7 +67,7 @@ class GraphMemory:
             # A pool without graphs is gone.
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, self._pool, work_stream(torch.cuda.current_device())):
             output = function()
         self._graphs.add(graph)
         return graph, output

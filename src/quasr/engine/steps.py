@@ -7,21 +7,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from quasr.engine.streams import finish_replays, work_stream
+
 if TYPE_CHECKING:
     from quasr.engine.fast import FastDecoder
     from quasr.kernels.state import CachePool, DecodeState
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 """Rows that a graph is captured for; fewer rows use the next one, whose other rows are idle."""
-
-
-def finish_replays() -> None:
-    """Waits for the device before graphs are dropped.
-
-    Their memory belongs to the stream that captured them, and before it unmaps an expandable segment torch waits for
-    that stream alone: without this, a graph that is still queued on another may find its memory gone.
-    """
-    torch.cuda.synchronize()
 
 
 class Steps:
@@ -64,6 +57,6 @@ class Steps:
             # graphs is gone, so each set of them has its own.
             self._memory = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._memory):
+        with torch.cuda.graph(graph, self._memory, work_stream(torch.cuda.current_device())):
             self._decoder.step(state, cache)
         return graph

@@ -1,0 +1,26 @@
+"""The CUDA stream that engines of a GPU work on, and the wait that dropping its graphs takes."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+
+@cache
+def work_stream(device: int) -> torch.cuda.Stream:
+    """The stream of a GPU that the fast engine computes on and that graphs are captured on.
+
+    cuBLAS keeps a workspace for each stream, 32 MiB on Hopper, and graphs have its address in them: one stream for
+    both, and for all models of a process, needs one.
+    """
+    return torch.cuda.Stream(device)
+
+
+def finish_replays() -> None:
+    """Waits for the device before graphs are dropped.
+
+    Their memory belongs to the stream that captured them, and before it unmaps an expandable segment torch waits for
+    that stream alone: without this, a graph that is still queued on another may find its memory gone.
+    """
+    torch.cuda.synchronize()
