@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from quasr.model.config import AudioConfig
     from quasr.model.encoder import AudioEncoder, EncoderLayer, Stem
 
-LARGE_SLICE = 32
-"""Chunks that go through the stem at once where memory is not planned: 120 MB for the released models."""
+LARGE_SLICE = 30
+"""Chunks that go through the stem at once where memory is not planned: those of a piece of 30 s, 115 MB."""
 
 
 @dataclass(frozen=True, slots=True)
