@@ -24,7 +24,7 @@ enum {
     TILE = 6,             /* tokens that meet them at once: 24 sums stay in registers */
     BLOCK = 192,          /* tokens of a prompt that go through the network at once: bounds memory and cache */
     FEW = 8,              /* up to so many tokens a step's product is faster: it unpacks into registers */
-    AHEAD = 512,          /* bytes that a step asks for before it comes to them, in each of its streams */
+    AHEAD = 256,          /* bytes that a step asks for before it comes to them, in each of its streams */
     SCALES_AHEAD = 4,     /* the same in rows, for their scales */
     SPAN = 128,           /* most columns that share a scale of activations */
     SPINS = 2000,         /* looks at a barrier before a thread gives its core away */
@@ -136,13 +136,14 @@ static void meet(team *team) {
     for (int spins = 0; atomic_load_explicit(&team->phase, memory_order_acquire) == phase; ++spins) relax(spins);
 }
 
-/* Takes some of `items`, fewer the fewer are left, so that no thread waits long for the last; 0 where none are left. */
+/* Takes some of `items`, fewer the fewer are left, so that no thread waits long for the last; 0 where none are left.
+   It is an odd number, for `streams`. */
 static int64_t take(team *team, int64_t items, int64_t *first) {
     long long found = atomic_load_explicit(&team->cursor, memory_order_relaxed), count;
     do {
         if (found >= items) return 0;
         count = (items - found) / (2 * team->threads);
-        count = count < 1 ? 1 : count;
+        count |= 1;
     } while (!atomic_compare_exchange_weak_explicit(&team->cursor, &found, found + count, memory_order_relaxed,
                                                     memory_order_relaxed));
     *first = found;
@@ -531,7 +532,8 @@ static void ask_ahead(const matrix *m, int64_t row, int64_t stride) {
 }
 
 /* Some rows times the tokens of a step. Sixteen streams, each of neighbouring rows: memory is read half as fast again
-   from many pages at once as from one after the other. */
+   from many pages at once as from one after the other. An odd number of rows apart, because rows are some powers of two
+   long: a multiple of 4 KB apart all sixteen would want the same twelve places of the nearest cache. */
 static void streams(const matrix *m, int64_t first, int64_t last, const quantised *q, float *to, int add) {
     const int64_t stride = (last - first + LANES - 1) / LANES;
     ask_ahead(m, first, stride);
@@ -573,9 +575,10 @@ static void panels(const matrix *m, int64_t first, int64_t last, const quantised
 }
 
 static void product(team *team, const matrix *m, const quantised *q, float *to, int add) {
-    int64_t items = (m->rows + PANEL - 1) / PANEL, first, count;
+    const int64_t unit = q->tokens <= FEW ? LANES : PANEL;
+    int64_t items = (m->rows + unit - 1) / unit, first, count;
     while ((count = take(team, items, &first)))
-        panels(m, first * PANEL, clamp((first + count) * PANEL, m->rows), q, to, add);
+        panels(m, first * unit, clamp((first + count) * unit, m->rows), q, to, add);
     meet(team);
 }
 
