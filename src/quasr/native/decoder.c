@@ -23,7 +23,11 @@ enum {
     PANEL = PARTS * LANES,
     TILE = 6,             /* tokens that meet them at once: 24 sums stay in registers */
     BLOCK = 192,          /* tokens of a prompt that go through the network at once: bounds memory and cache */
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
     FEW = 8,              /* up to so many tokens a step's product is faster: it unpacks into registers */
+#else
+    FEW = 0,              /* without these instructions there is one product */
+#endif
     AHEAD = 256,          /* bytes that a step asks for before it comes to them, in each of its streams */
     SCALES_AHEAD = 4,     /* the same in rows, for their scales */
     SPAN = 128,           /* most columns that share a scale of activations */
