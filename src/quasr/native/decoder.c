@@ -140,14 +140,13 @@ static void meet(team *team) {
     for (int spins = 0; atomic_load_explicit(&team->phase, memory_order_acquire) == phase; ++spins) relax(spins);
 }
 
-/* Takes some of `items`, fewer the fewer are left, so that no thread waits long for the last; 0 where none are left.
-   It is an odd number, for `streams`. */
+/* Takes some of `items`, two thirds of a fair share of what is left, so that no thread waits long for the last; 0 where
+   none are left. It is an odd number, for `streams`. */
 static int64_t take(team *team, int64_t items, int64_t *first) {
     long long found = atomic_load_explicit(&team->cursor, memory_order_relaxed), count;
     do {
         if (found >= items) return 0;
-        count = (items - found) / (2 * team->threads);
-        count |= 1;
+        count = 2 * (items - found) / (3 * team->threads) | 1;
     } while (!atomic_compare_exchange_weak_explicit(&team->cursor, &found, found + count, memory_order_relaxed,
                                                     memory_order_relaxed));
     *first = found;
