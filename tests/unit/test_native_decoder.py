@@ -133,10 +133,12 @@ def test_a_clip_does_not_depend_on_its_neighbours_or_on_threads(
             assert np.array_equal(step(alone, newest[row : row + 1], [lengths[row] + later])[0], together[later][row])
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3, 4])
-def test_steps_of_any_number_of_rows_are_those_of_one(compiled: ctypes.CDLL, threads: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "threads"), [("int4-g32", 1), ("int4-g32", 2), ("int4", 3), ("int4", 4)])
+def test_steps_of_any_number_of_rows_are_those_of_one(
+    compiled: ctypes.CDLL, name: str, threads: int, tmp_path: Path
+) -> None:
     """1, 2, 4 tokens are a tile of the step's product, 9 are the prompt's."""
-    made = make_folder(tmp_path, SIZES["int4-g32"])
+    made = make_folder(tmp_path, SIZES[name])
     clips = prompts(made.sizes, *range(2, 11))
     alone = []
     for clip in clips:
@@ -237,8 +239,10 @@ def test_a_prompt_may_end_at_a_block_and_fill_the_cache(compiled: ctypes.CDLL, l
     assert error(found[0], reference(made, clip)[-1]) < TOLERANCE
 
 
-def test_a_long_prompt_in_blocks_is_one_token_after_the_other(compiled: ctypes.CDLL, tmp_path: Path) -> None:
-    made = make_folder(tmp_path, Sizes(layers=1, hidden=128, ffn=128))
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_long_prompt_in_blocks_is_one_token_after_the_other(compiled: ctypes.CDLL, bits: int, tmp_path: Path) -> None:
+    """Bit for bit; nibbles meet whole numbers in prompts, and their halves in steps."""
+    made = make_folder(tmp_path, Sizes(bits=bits, layers=1, hidden=128, ffn=128))
     (clip,) = prompts(made.sizes, 401)
     whole, single = (decoder(compiled, made, capacity=401) for _ in range(2))
     found = prefill(whole, 0, clip)

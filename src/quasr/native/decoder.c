@@ -267,6 +267,20 @@ INLINE void arrange(int16_t *to, const int16_t *from, int64_t span, int64_t kind
         for (int64_t i = 0; i < span; i += 2 * CODES) split(to + i, from + i, CODES);
 }
 
+/* Whether nibbles meet bytes of activations: a step's products, which have fewer instructions so. */
+INLINE int in_bytes(int64_t tokens, int64_t span, int64_t kind) {
+    return kind == NIBBLES && span == SPAN && tokens <= FEW;
+}
+
+/* SPAN numbers as bytes: those of the even columns and of the odd ones, of each the low halves, then the high ones. */
+INLINE void halve(uint8_t *to, const int16_t *from) {
+    for (int odd = 0; odd < 2; ++odd, to += SPAN)
+        for (int i = 0; i < SPAN / 2; ++i) {
+            to[i] = (uint8_t)from[2 * i + odd];
+            to[SPAN / 2 + i] = (uint8_t)((uint16_t)from[2 * i + odd] >> 8);
+        }
+}
+
 /* One token's numbers as codes of 16 bits for the columns of `m`. NaN goes into the scale. */
 static void quantise(const quantised *q, int64_t token, const float *x, const matrix *m) {
     for (int64_t g = 0; g < m->columns / m->span; ++g, x += m->span) {
@@ -280,7 +294,8 @@ static void quantise(const quantised *q, int64_t token, const float *x, const ma
             memcpy(in_order + i, &narrow, sizeof narrow);
             total += __builtin_convertvector(narrow, ints);
         }
-        arrange(codes, in_order, m->span, m->kind);
+        if (in_bytes(q->tokens, m->span, m->kind)) halve((uint8_t *)codes, in_order);
+        else arrange(codes, in_order, m->span, m->kind);
         q->scales[g * q->tokens + token] = top / 32767.0f;
         q->sums[g * q->tokens + token] = 0;
         for (int lane = 0; lane < LANES; ++lane) q->sums[g * q->tokens + token] += total[lane];
@@ -309,6 +324,22 @@ INLINE float row_scale(const matrix *m, int64_t row, int64_t column) {
 INLINE __m512i add_products(__m512i sum, __m512i a, __m512i b) {
     __asm__("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
     return sum;
+}
+
+/* sum + the products of fours of bytes, of which `a` has no sign and `b` has one. */
+INLINE __m512i add_bytes(__m512i sum, __m512i a, __m512i b) {
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+    return sum;
+}
+
+/* The products of SPAN nibbles, in 64 bytes, with what `halve` made of activations: 256 times the high halves', which
+   have the sign, and the low halves'. Nibbles are the same with a sign and without. */
+INLINE __m512i nibble_products(__m512i even, __m512i odd, const int16_t *halves) {
+    const __m512i *x = (const __m512i *)halves;
+    __m512i sum = add_bytes(_mm512_setzero_si512(), even, _mm512_loadu_si512(x + 1));
+    sum = _mm512_slli_epi32(add_bytes(sum, odd, _mm512_loadu_si512(x + 3)), 8);
+    sum = add_bytes(sum, _mm512_loadu_si512(x), even);
+    return add_bytes(sum, _mm512_loadu_si512(x + 2), odd);
 }
 
 /* The index-th 32 codes of a group in the order of `arrange`, with their zero. */
@@ -404,11 +435,16 @@ INLINE void few_tokens(const matrix *m, int64_t row, int64_t stride, const quant
             __m512i total[4];
             for (int t = 0; t < count; ++t) total[t] = _mm512_setzero_si512();
             for (int64_t byte = 0; byte < size; byte += LINE) __builtin_prefetch(codes + AHEAD + byte);
-            for (int64_t i = 0; i < span / CODES; ++i) {
-                __m512i weight = widen(codes, i, span, kind);
-                for (int t = 0; t < count; ++t)
-                    total[t] = add_products(total[t], weight, _mm512_loadu_si512(x + t * span + CODES * i));
-            }
+            if (in_bytes(count, span, kind)) { /* as for all tokens of a step */
+                __m512i both = _mm512_loadu_si512(codes), mask = _mm512_set1_epi8(15);
+                __m512i even = _mm512_and_si512(both, mask), odd = _mm512_and_si512(_mm512_srli_epi16(both, 4), mask);
+                for (int t = 0; t < count; ++t) total[t] = nibble_products(even, odd, x + t * span);
+            } else
+                for (int64_t i = 0; i < span / CODES; ++i) {
+                    __m512i weight = widen(codes, i, span, kind);
+                    for (int t = 0; t < count; ++t)
+                        total[t] = add_products(total[t], weight, _mm512_loadu_si512(x + t * span + CODES * i));
+                }
             for (int t = 0; t < count; ++t) slots[t][lane] = total[t];
         }
         floats scale = gather_scales(scales, places, g, share);
