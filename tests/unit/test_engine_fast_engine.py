@@ -20,6 +20,7 @@ from quasr.engine.device import Placement
 from quasr.engine.fast_audio import FastEncoder
 from quasr.engine.fast_engine import FastEngine, FastOptions, even_parts
 from quasr.engine.graphs import GraphedEncoder, GraphedPrefill
+from quasr.engine.rows import Rows
 from quasr.engine.staging import Staging
 from quasr.engine.torch_engine import TorchEngine
 from quasr.errors import ModelError, OptionError, ResourceError
@@ -348,8 +349,12 @@ def test_graphs_are_dropped_on_the_engine_s_own_device(monkeypatch: pytest.Monke
         with pytest.raises(RuntimeError):
             engine.run(REQUESTS[:1])
     after_an_error = dropped_on[-1]
+    with monkeypatch.context() as patch:
+        patch.setattr(Rows, "drop", lambda _: dropped_on.append(list(current)))
+        engine.cancel(engine.submit(REQUESTS[0]))
+    after_a_cancel = dropped_on[-1]
     engine.close()
-    assert after_an_error == dropped_on[-1] == [CPU.device]
+    assert after_an_error == after_a_cancel == dropped_on[-1] == [CPU.device]
     assert current == []
 
 

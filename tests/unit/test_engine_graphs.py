@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, cast
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from quasr.engine import fast_engine, streams
 from quasr.engine.fast import FastDecoder
 from quasr.engine.fast_audio import FastEncoder
 from quasr.engine.graphs import (
@@ -32,7 +34,7 @@ from quasr.model.decoder import Decoder
 from quasr.model.encoder import AudioEncoder
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from quasr.kernels.matrix import Heads
     from quasr.kernels.state import CachePool, Places, Prompts
@@ -261,6 +263,27 @@ def test_a_graph_gives_what_the_function_gives() -> None:
         x = torch.randn(size, 8, device="cuda")
         torch.testing.assert_close(graphs(x), (x @ x.T).relu())
     assert [shape[0] for shape in runs] == [4, 4, 6]
+
+
+def test_an_engine_works_and_captures_on_one_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of its own device, made once: another would have a workspace of its own."""
+    used: list[str] = []
+
+    @contextmanager
+    def note(stream: str) -> Iterator[None]:
+        used.append(stream)
+        yield
+
+    made = iter("abc")
+    monkeypatch.setattr(streams, "work_stream", lru_cache(lambda device: f"{next(made)} of {device}"))
+    monkeypatch.setattr(fast_engine, "work_stream", streams.work_stream)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool, stream: note(stream))
+    monkeypatch.setattr(torch.cuda, "stream", note)
+    with fast_engine._current(torch.device("cuda", 1)):
+        assert streams.capture(lambda: 3, None)[1] == 3
+    assert used == ["a of 1", "a of 1"]
 
 
 def test_graphs_are_dropped_when_the_device_is_idle(monkeypatch: pytest.MonkeyPatch) -> None:

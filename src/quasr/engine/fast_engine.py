@@ -137,10 +137,7 @@ class FastEngine(Reporting):
         self._cache: CachePool | None = None
         self._most = self._most_positions()
         self._forget_clips()
-        if placement.device.type == "cuda":
-            # All of this was queued on the caller's stream, and what was freed there serves no other.
-            torch.cuda.synchronize(placement.device)
-            torch.cuda.empty_cache()
+        _leave_stream(placement.device)
         how = f"{kernels.name} kernels ({kernels.reason}), {'CUDA graphs' if graphs else 'no CUDA graphs'}"
         self._info = replace(
             network_info("fast", model, placement, scheme),
@@ -405,6 +402,13 @@ def _current(device: torch.device) -> AbstractContextManager[object]:
     """Makes a GPU the one that kernels are launched on, in its work stream, and that is waited for before graphs are
     dropped."""
     return torch.cuda.stream(work_stream(device.index or 0)) if device.type == "cuda" else nullcontext()
+
+
+def _leave_stream(device: torch.device) -> None:
+    """Waits for what was queued on the caller's stream, and returns what was freed there, which serves no other."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from quasr.engine.packed import Packed, lay_out
-from quasr.engine.streams import finish_replays, work_stream
+from quasr.engine.streams import capture, finish_replays
 from quasr.kernels import reference
 from quasr.model.transfer import to_device
 
@@ -66,9 +66,7 @@ class GraphMemory:
         if not self._graphs:
             # A pool without graphs is gone.
             self._pool = torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, self._pool, work_stream(torch.cuda.current_device())):
-            output = function()
+        graph, output = capture(function, self._pool)
         self._graphs.add(graph)
         return graph, output
 

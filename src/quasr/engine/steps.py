@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
-from quasr.engine.streams import finish_replays, work_stream
+from quasr.engine.streams import capture, finish_replays
 
 if TYPE_CHECKING:
     from quasr.engine.fast import FastDecoder
@@ -56,7 +57,4 @@ class Steps:
             # All graphs take their temporary memory from one pool: they never run at the same time. A pool without
             # graphs is gone, so each set of them has its own.
             self._memory = torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, self._memory, work_stream(torch.cuda.current_device())):
-            self._decoder.step(state, cache)
-        return graph
+        return capture(partial(self._decoder.step, state, cache), self._memory)[0]

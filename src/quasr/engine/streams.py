@@ -1,10 +1,16 @@
-"""The CUDA stream that engines of a GPU work on, and the wait that dropping its graphs takes."""
+"""The CUDA stream that engines of a GPU work on, graphs captured on it, and the wait that dropping these takes."""
 
 from __future__ import annotations
 
 from functools import cache
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+T = TypeVar("T")
 
 
 @cache
@@ -15,6 +21,14 @@ def work_stream(device: int) -> torch.cuda.Stream:
     both, and for all models of a process, needs one.
     """
     return torch.cuda.Stream(device)
+
+
+def capture(function: Callable[[], T], pool: torch.cuda._POOL_HANDLE | None) -> tuple[torch.cuda.CUDAGraph, T]:
+    """A graph of `function` on the current device, with its temporary memory in `pool`, and what `function` gave."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool, work_stream(torch.cuda.current_device())):
+        output = function()
+    return graph, output
 
 
 def finish_replays() -> None:
