@@ -36,6 +36,9 @@ from quasr.weights.hub import DEMO_FOLDER
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from quasr.engine.rows import Clip
+    from quasr.kernels.state import CachePool, DecodeState
+
 AUDIO = AudioConfig(layers=2, width=32, heads=2, ffn=64, output=32, mel_bins=16, stem_channels=8)
 TEXT = TextConfig(vocab_size=61, hidden=32, layers=2, heads=4, kv_heads=2, head_dim=8, ffn=64)
 CPU = Placement(torch.device("cpu"), torch.float32, ("a test",))
@@ -244,6 +247,50 @@ def test_one_clip_or_a_group_can_be_cancelled_at_any_time() -> None:
         assert engine._scheduler.running == 0
         same(engine.run(REQUESTS), expected)
         assert engine._scheduler.waiting == 0
+
+
+def test_prompts_are_computed_ahead_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half as many clips as rows wait with their first token. Nothing is computed while all rows have work."""
+    model = build()
+    engine, computed, decoded = fast(model, frozenset(), rows=4), [], []
+    start, run = engine._start, engine._steps.run
+
+    def note_start(clips: Sequence[Clip], samples: Iterator[torch.Tensor]) -> None:
+        computed.append((len(engine._rows.clips), len(clips)))
+        start(clips, samples)
+
+    def note_run(state: DecodeState, cache: CachePool, count: int) -> None:
+        decoded.append((state.rows, len(engine._rows.clips)))
+        run(state, cache, count)
+
+    monkeypatch.setattr(engine, "_start", note_start)
+    monkeypatch.setattr(engine._steps, "run", note_run)
+    clips = [replace(REQUESTS[0], max_new_tokens=budget) for budget in (60, 50, 41, 33, 30, 28, 21, 17, 9)]
+    results = engine.run(clips)
+    assert computed == [(0, 6), (3, 3)]
+    assert {rows for rows, held in decoded if held > 4} == {4}
+    same(results, [fast(model, frozenset()).run([clip])[0] for clip in clips])
+
+
+@pytest.mark.parametrize("ending", ["cancelled", "budget", "stop"])
+def test_a_clip_that_waits_for_a_row_can_be_cancelled_or_end(ending: str) -> None:
+    model = build(3)
+    first = fast(model, frozenset()).run(REQUESTS[:1])[0].tokens[0]
+    stops = frozenset({first} if ending == "stop" else ())
+    budgets = ((6, 50), (2, 40), (0, 1 if ending == "budget" else 10))
+    clips = [replace(REQUESTS[index], max_new_tokens=budget) for index, budget in budgets]
+    expected = TorchEngine(model, stops, CPU).run(clips)
+    engine = fast(model, stops, rows=2)
+    tickets = [engine.submit(clip) for clip in clips]
+    found = dict(engine.step())
+    if ending == "cancelled":
+        assert [clip.ticket for clip in engine._rows.clips] == tickets
+        engine.cancel(tickets.pop())
+    else:
+        assert list(found) == tickets[2:]
+    assert [clip.ticket for clip in engine._rows.clips] == tickets[:2]
+    found.update(drain(engine))
+    same([found[ticket] for ticket in tickets], expected[: len(tickets)])
 
 
 def test_run_leaves_other_clips_results_for_step() -> None:

@@ -57,6 +57,10 @@ CALM_PACE = 8
 
 CALM_ROWS = 4
 
+AHEAD_SHARE, MOST_AHEAD = 2, 16
+"""Clips whose prompts are computed before there is a row for them: half as many as rows, and no more than this. They
+come in larger groups so, each of which reads all weights; and a row that is free goes on at once."""
+
 POSITIONS_MULTIPLE = 64
 """The cache grows in such steps, and at least by half: tensors and graphs are made anew each time."""
 
@@ -114,6 +118,7 @@ class FastEngine(Reporting):
         options: FastOptions | None = None,
     ) -> None:
         self._options = options or FastOptions()
+        self._ahead = min(self._options.rows // AHEAD_SHARE, MOST_AHEAD)
         self._device = placement.device
         self._stop_ids = frozenset(stop_ids)
         kernels = dispatch.choose(placement.device, placement.dtype)
@@ -142,7 +147,7 @@ class FastEngine(Reporting):
         self._info = replace(
             network_info("fast", model, placement, scheme),
             reasons=(*placement.reasons, how),
-            in_flight=min(self._options.rows, self._most // USUAL_POSITIONS) + WAITING,
+            in_flight=min(self._options.rows + self._ahead, self._most // USUAL_POSITIONS) + WAITING,
         )
 
     def submit(self, request: ClipRequest, group: Hashable = 0) -> Ticket:
@@ -209,9 +214,9 @@ class FastEngine(Reporting):
         return self._model
 
     def _forget_clips(self) -> None:
-        self._scheduler = scheduler.Scheduler(self._most, self._options.rows)
+        self._scheduler = scheduler.Scheduler(self._most, self._options.rows + self._ahead)
         self._clips, self._starting, self._finished, self._looks = {}, [], [], deque()
-        self._rows = Rows(self._options.rows, self._stop_ids, self._device)
+        self._rows = Rows(self._options.rows, self._ahead, self._stop_ids, self._device)
         self._steps.forget()
 
     @contextmanager
@@ -233,8 +238,8 @@ class FastEngine(Reporting):
         return request.draft[: min(next(ends, len(request.draft)), request.max_new_tokens)]
 
     def _admit(self) -> None:
-        """Encodes and prefills the clips that fit now."""
-        for admission in self._scheduler.admit(time.monotonic()):
+        """Encodes and prefills the clips that fit now, those ahead of rows too, once a row has nothing to do."""
+        for admission in self._scheduler.admit(time.monotonic()) if self._rows.free else ():
             clip = self._clips[admission.ticket.index]
             clip.offset = admission.offset
             self._starting.append(clip)
@@ -285,13 +290,14 @@ class FastEngine(Reporting):
         if not rows.clips:
             return False
         assert self._cache is not None
-        pace = CALM_PACE if len(rows.clips) <= CALM_ROWS else PACE
-        count = min(pace, max(clip.left for clip in rows.clips))
+        pace = CALM_PACE if len(rows.decoding) <= CALM_ROWS else PACE
+        count = min(pace, max(clip.left for clip in rows.decoding))
         if count <= 0 and self._looks:
             return False
         with self._spans.measure("generate_seconds"):
             if count > 0:
-                self._steps.run(rows.view(self._steps.rows_for(len(rows.clips))), self._cache, count)
+                busy = min(self._steps.rows_for(len(rows.decoding)), self._options.rows)
+                self._steps.run(rows.view(busy), self._cache, count)
                 rows.count_steps(count)
             self._looks.append(rows.look())
         return True

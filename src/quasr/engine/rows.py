@@ -93,16 +93,29 @@ class Seen:
 
 
 class Rows:
-    """Clip i stands in row i of the device's state; the rows behind the last clip are idle."""
+    """Clip i stands in row i of the device's state; the rows behind the last clip are idle.
 
-    def __init__(self, most: int, stop_ids: Collection[int], device: torch.device) -> None:
+    `most` rows are decoded. The clips in the `ahead` rows behind them wait, with their first token, until they move up.
+    """
+
+    def __init__(self, most: int, ahead: int, stop_ids: Collection[int], device: torch.device) -> None:
         self.clips: list[Clip] = []
         self._most = most
         self._stop_ids = sorted(stop_ids)
         self._device = device
-        self._state = DecodeState.allocate(most, SMALLEST_CAPACITY, self._stop_ids, device)
-        self._heard = torch.zeros(most, dtype=torch.int64, device=device)
+        self._state = DecodeState.allocate(most + ahead, SMALLEST_CAPACITY, self._stop_ids, device)
+        self._heard = torch.zeros(most + ahead, dtype=torch.int64, device=device)
         self._unseen = 0
+
+    @property
+    def decoding(self) -> list[Clip]:
+        """The clips that steps are for."""
+        return self.clips[: self._most]
+
+    @property
+    def free(self) -> int:
+        """Rows that steps are for and that have no clip."""
+        return max(0, self._most - len(self.clips))
 
     @property
     def capacity(self) -> int:
@@ -112,7 +125,7 @@ class Rows:
     def grow(self, capacity: int) -> None:
         """Room for longer rows, in tensors that take the old ones' place."""
         old = self._state
-        self._state = DecodeState.allocate(self._most, capacity, self._stop_ids, self._device)
+        self._state = DecodeState.allocate(old.rows, capacity, self._stop_ids, self._device)
         for name in MOVED:
             place, values = getattr(self._state, name), getattr(old, name)
             place[tuple(map(slice, values.shape))] = values
@@ -145,7 +158,7 @@ class Rows:
 
     def count_steps(self, steps: int) -> None:
         """Notes that so many steps were queued."""
-        for clip in self.clips:
+        for clip in self.decoding:
             clip.sure += steps
         self._unseen += steps
 
