@@ -122,7 +122,7 @@ def shifted(tensor: Tensor) -> Tensor:
 
 
 def test_what_the_kernels_would_misread_is_tritons(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_row, "_index", lambda device: 0)
+    monkeypatch.setattr(cuda_module, "index", lambda device: 0)
     monkeypatch.setattr(cuda_row, "_processors", lambda device: PROCESSORS)
     x, weight, norm = torch.ones(1, 1024), torch.ones(48, 1024).bfloat16(), Norm(torch.ones(1024).bfloat16(), 1e-6)
     weights = Matrix(weight)

@@ -138,8 +138,8 @@ def test_products_in_parts(scheme: str, parts: int, monkeypatch: pytest.MonkeyPa
     """Of 3 steps: parts of unequal lengths, and with 4 parts one that has no columns."""
     plan = triton_product.plan
 
-    def in_parts(weights: Matrix, m: int, *, gate: bool, head: bool = False) -> triton_product.ProductPlan:
-        chosen = plan(weights, m, gate=gate, head=head)
+    def in_parts(weights: Matrix, m: int, memory: int, *, gate: bool, head: bool = False) -> triton_product.ProductPlan:
+        chosen = plan(weights, m, memory, gate=gate, head=head)
         return replace(chosen, columns=64, rows=32, splits=1 if head else parts)
 
     monkeypatch.setattr(triton_product, "plan", in_parts)

@@ -114,6 +114,11 @@ def function(device: int, file: str, name: str, shared: int, **macros: int) -> F
     return Function(handle)
 
 
+def index(device: torch.device) -> int:
+    """The number of a GPU."""
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
 @cache
 def shared_memory(device: int) -> int:
     """Bytes of shared memory that a program may have. torch has made CUDA ready before."""

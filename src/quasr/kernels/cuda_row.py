@@ -121,10 +121,10 @@ def lack(device: torch.device, dtype: torch.dtype) -> str | None:
     if cuda_module.version() is None:
         return "NVRTC, which compiles them, is not installed"
     try:
-        memory = cuda_module.shared_memory(_index(device))
+        memory = cuda_module.shared_memory(cuda_module.index(device))
         if memory < PROGRAM_BYTES:
             return f"they need {PROGRAM_BYTES >> 10} KB of shared memory a program, and this GPU has {memory >> 10} KB"
-        _attention(_index(device), 2, dtype == torch.float16)
+        _attention(cuda_module.index(device), 2, dtype == torch.float16)
     except (RuntimeError, ResourceError) as error:
         return f"one does not compile or load: {str(error).splitlines()[0]}"
     return None
@@ -178,7 +178,7 @@ def attend_step(x: Tensor, keys: Tensor, values: Tensor, places: Places, heads: 
     out = x.new_empty(1, heads.query_width)
     group = heads.count // heads.kv_count
     scale = heads.size**-0.5 * triton_attention.LOG2_E
-    _attention(_index(x.device), group, x.dtype == torch.float16).launch(
+    _attention(cuda_module.index(x.device), group, x.dtype == torch.float16).launch(
         Shape((heads.kv_count, PARTS), ATTENTION_THREADS),
         (
             x, keys, values, places.offsets, places.lengths, places.idle, heads.q_norm.weight, heads.k_norm.weight,
@@ -214,7 +214,7 @@ def _plan(x: Tensor, matrix: Matrix, mode: int, norm: Norm | None) -> RowPlan | 
     if (weight is not None and weight.dtype != matrix.dtype) or not _aligned(x, matrix.weight, matrix.scale, weight):
         return None
     rows = matrix.rows // 2 if mode == GATE else matrix.rows
-    return plan_of(rows, matrix.columns, matrix.bits, matrix.group, mode, _processors(_index(x.device)))
+    return plan_of(rows, matrix.columns, matrix.bits, matrix.group, mode, _processors(cuda_module.index(x.device)))
 
 
 @cache
@@ -253,7 +253,7 @@ def _launch(
     plan: RowPlan, x: Tensor, matrix: Matrix, norm: Norm | None, out: tuple[Tensor | None, ...], n: int
 ) -> None:
     weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
-    kernel = _product(_index(x.device), plan, matrix.dtype == torch.float16)
+    kernel = _product(cuda_module.index(x.device), plan, matrix.dtype == torch.float16)
     kernel.launch(plan.shape, (x, matrix.weight, matrix.scale, weight, *out, n, eps, plan.stages))
 
 
@@ -272,7 +272,3 @@ def _attention(device: int, group: int, half: bool) -> Function:
 def _processors(device: int) -> int:
     """Multiprocessors of a GPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _index(device: torch.device) -> int:
-    return torch.cuda.current_device() if device.index is None else device.index

@@ -203,11 +203,14 @@ def _counters(count: int, device: torch.device) -> Tensor:
     return torch.zeros(count, dtype=torch.int32, device=device)
 
 
-def plan(rows: int, heads: Heads) -> AttentionPlan:
-    """Some programs for each of the 132 multiprocessors of an H200, and no more parts than pay."""
+def plan(rows: int, heads: Heads, item: int) -> AttentionPlan:
+    """Some programs for each of the 132 multiprocessors of an H200, and no more parts than pay.
+
+    item: bytes of a number in the cache. Blocks of fp32 have half the positions, for GPUs with less shared memory.
+    """
     splits = max(1, min(8, 512 // (rows * heads.kv_count)))
     warps, stages = (4, 3) if rows == 1 else (2, 2)
-    return AttentionPlan(block(splits + 1) // 2, 64, warps, stages)
+    return AttentionPlan(block(splits + 1) // 2, 128 // item, warps, stages)
 
 
 def attend(x: Tensor, keys: Tensor, values: Tensor, places: Places, heads: Heads) -> Tensor:
@@ -222,7 +225,7 @@ def attend_step(x: Tensor, keys: Tensor, values: Tensor, places: Places, heads: 
 
 def run(x: Tensor, layer: tuple[Tensor, Tensor], places: Places, heads: Heads, *, fused: bool) -> Tensor:
     """Launches `attention`: (m, width or query_width) -> (m, query_width)."""
-    chosen = plan(len(x), heads)
+    chosen = plan(len(x), heads, layer[0].dtype.itemsize)
     group, width = block(heads.count // heads.kv_count), block(heads.size, LEAST_DOT)
     out = x.new_empty(len(x), heads.query_width)
     many = len(x) * heads.kv_count

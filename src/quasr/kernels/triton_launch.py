@@ -12,13 +12,23 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents as gdc_launch
 from triton.language.extra.cuda import gdc_wait
 
-__all__ = ["INTERPRETED", "WARP_GROUP", "block", "gdc_launch", "gdc_wait", "launch_options", "pdl_works", "settled"]
+__all__ = [
+    "INTERPRETED",
+    "WARP_GROUP",
+    "block",
+    "gdc_launch",
+    "gdc_wait",
+    "launch_options",
+    "pdl_works",
+    "settled",
+    "tensor_cores",
+]
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether kernels run on the CPU, slowly, to be tested."""
 
-FIRST_PDL_CAPABILITY = (9, 0)
-"""CUDA compute capability of Hopper, the first generation with programmatic dependent launch."""
+TENSOR_CORE_CAPABILITY, FIRST_PDL_CAPABILITY = (8, 0), (9, 0)
+"""CUDA compute capabilities of Ampere and of Hopper, the first generation with programmatic dependent launch."""
 
 WARP_GROUP = 4
 """Warps that multiply together on Hopper."""
@@ -39,6 +49,12 @@ def settled(sums):
 def pdl_works(device: torch.device) -> bool:
     """Whether a kernel can start before the one before it has ended."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= FIRST_PDL_CAPABILITY
+
+
+@cache
+def tensor_cores(device: torch.device) -> bool:
+    """Whether Triton compiles products of 16 bits for the tensor cores, which it does from Ampere on."""
+    return device.type == "cpu" or torch.cuda.get_device_capability(device) >= TENSOR_CORE_CAPABILITY
 
 
 def launch_options(warps: int, pdl: bool, stages: int = 3) -> dict[str, int | bool]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -10,9 +11,9 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from quasr.kernels import reference, triton_matvec, triton_product
+from quasr.kernels import cuda_module, reference, triton_matvec, triton_product
 from quasr.kernels.matrix import Matrix
-from quasr.kernels.triton_launch import INTERPRETED, WARP_GROUP, block, launch_options, pdl_works
+from quasr.kernels.triton_launch import INTERPRETED, WARP_GROUP, block, launch_options, pdl_works, tensor_cores
 from quasr.kernels.triton_matvec import ADD, GATE, HEAD, PLAIN
 from quasr.kernels.triton_rows import rms_norm, settle, silu_gate
 
@@ -34,8 +35,6 @@ GATE_PARTS = 2
 clips of 30 s of the 1.7B model."""
 COUNTERS = 1024
 """Far more than the programs that a plan aims at, which bound the tiles that are cut into parts."""
-FIRST_CAPABILITY = (8, 0)
-"""CUDA compute capability of Ampere."""
 
 
 def linear(x: Tensor, matrix: Matrix, norm: Norm | None = None) -> Tensor:
@@ -95,7 +94,7 @@ def _rows(matrix: Matrix, first: int, count: int) -> Matrix:
 
 def choose(x: Tensor, norm: Norm, head: Matrix) -> tuple[Tensor, Tensor]:
     """See `reference.choose`. The logits stay in registers: only each block's maximum and sum are written."""
-    if len(x) > MATVEC_ROWS and not _tensor_cores(x.device):
+    if len(x) > MATVEC_ROWS and not tensor_cores(x.device):
         return reference.choose(x, norm, head)
     found = [_head(part, norm, head) for part in x.split(PRODUCT_ROWS)]
     return found[0] if len(found) == 1 else (torch.cat([a for a, _ in found]), torch.cat([b for _, b in found]))
@@ -108,17 +107,11 @@ def route(matrix: Matrix, m: int) -> str:
     if m <= MATVEC_ROWS:
         return "product"
     most = PRODUCT_ROWS if matrix.bits < 16 else FLOAT_ROWS * (matrix.dtype != torch.float32)
-    return "product" if m <= most and _tensor_cores(matrix.weight.device) else "torch"
-
-
-@cache
-def _tensor_cores(device: torch.device) -> bool:
-    """Whether Triton compiles products for the tensor cores, which it does from Ampere on."""
-    return device.type == "cpu" or torch.cuda.get_device_capability(device) >= FIRST_CAPABILITY
+    return "product" if m <= most and tensor_cores(matrix.weight.device) else "torch"
 
 
 def _by_matvec(matrix: Matrix, m: int) -> bool:
-    alone = matrix.dtype != torch.float32 and _tensor_cores(matrix.weight.device)
+    alone = matrix.dtype != torch.float32 and tensor_cores(matrix.weight.device)
     return m <= (1 if alone else MATVEC_ROWS) and triton_matvec.fits(matrix)
 
 
@@ -151,7 +144,7 @@ def _rows_a_program(matrix: Matrix, m: int) -> int:
     """Rows of the head that share a maximum."""
     if _by_matvec(matrix, m):
         return triton_matvec.plan(matrix, HEAD).block_rows
-    return triton_product.plan(matrix, m, gate=False, head=True).rows
+    return _product_plan(matrix, m, HEAD).rows
 
 
 def _launch(x: Tensor, matrix: Matrix, norm: Norm | None, out: tuple[Tensor, ...], mode: int) -> None:
@@ -187,7 +180,7 @@ def _launch_matvec(x: Tensor, matrix: Matrix, norm: Norm | None, out: tuple[Tens
 
 
 def _launch_product(x: Tensor, matrix: Matrix, out: tuple[Tensor, ...], mode: int) -> None:
-    chosen = triton_product.plan(matrix, len(x), gate=mode == GATE, head=mode == HEAD)
+    chosen = _product_plan(matrix, len(x), mode)
     per = 2 if matrix.bits == 4 else 1
     n, units, step = _outputs(matrix, mode), matrix.columns // per, chosen.columns // per
     group = _group(matrix)
@@ -212,6 +205,19 @@ def _launch_product(x: Tensor, matrix: Matrix, out: tuple[Tensor, ...], mode: in
     )  # fmt: skip
 
 
+def _product_plan(matrix: Matrix, m: int, mode: int) -> triton_product.ProductPlan:
+    memory = _program_memory(matrix.weight.device)
+    return triton_product.plan(matrix, m, memory, gate=mode == GATE, head=mode == HEAD)
+
+
+@cache
+def _program_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program may have; the interpreter has no such limit."""
+    if device.type == "cpu":
+        return sys.maxsize
+    return cuda_module.shared_memory(cuda_module.index(device))
+
+
 def _in_pairs(x: Tensor) -> Tensor:
     """(m, k) as integers of twice the width, (m, k / 2)."""
     return x.contiguous().view(torch.int64 if x.dtype == torch.float32 else torch.int32)
@@ -219,7 +225,7 @@ def _in_pairs(x: Tensor) -> Tensor:
 
 def _packed(matrix: Matrix) -> bool:
     """Whether codes are turned into numbers four at a time, by instructions that start with Ampere."""
-    on_gpu = not INTERPRETED and _tensor_cores(matrix.weight.device)
+    on_gpu = not INTERPRETED and tensor_cores(matrix.weight.device)
     return on_gpu and matrix.bits < 16 and matrix.dtype != torch.float32
 
 

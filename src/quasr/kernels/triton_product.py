@@ -347,7 +347,8 @@ TILES = {
                       GATE: (128, 64, 264, 8, 3), HEAD: (128, 128, 1, 8, 4)},
 }  # fmt: skip
 """By what the weights are and the most rows of x: rows, columns (halved for weights in 16 bits), programs to aim at,
-warps and stages. The fastest of a dozen or two on an H200, for the matrices of 1.7B."""
+warps and stages. The fastest of a dozen or two on an H200, for the matrices of 1.7B. Of so many stages all but one lie
+in shared memory before Hopper, of which GPUs for games have less than half: as many as fit there."""
 
 AHEAD = {16: 2, 8: 1, 4: 1}
 """Lines of 128 bytes of each row of W, by the bits of a weight, that a program asks for before the kernel before has
@@ -357,8 +358,11 @@ HEAD_LINES = 256
 """Of the head where it is more than LINES: it is so large that to read it twice costs more than anything else."""
 
 
-def plan(matrix: Matrix, m: int, *, gate: bool, head: bool = False) -> ProductPlan:
-    """The tile for m, in as many parts as give the programs that are aimed at; the head, which is reduced, in one."""
+def plan(matrix: Matrix, m: int, memory: int, *, gate: bool, head: bool = False) -> ProductPlan:
+    """The tile for m, in as many parts as give the programs that are aimed at; the head, which is reduced, in one.
+
+    memory: bytes of shared memory that a program may have.
+    """
     kind = HEAD if head else GATE if gate else DEEP if matrix.columns > matrix.rows else PLAIN
     weights = "floats" if matrix.bits == 16 else "codes"
     most = next((size for size in LINES if m <= size and (weights, size) in TILES), 256)
@@ -367,8 +371,10 @@ def plan(matrix: Matrix, m: int, *, gate: bool, head: bool = False) -> ProductPl
     parts = min(programs // tiles, matrix.columns // LEAST_PART)
     splits = block(parts + 1) // 2 if parts else 1
     large = head and m > LINES[most] and matrix.dtype != torch.float32
-    lines = HEAD_LINES if large else LINES[most]
-    return ProductPlan(lines, rows, _step(matrix, columns), splits, warps, stages)
+    lines, step = HEAD_LINES if large else LINES[most], _step(matrix, columns)
+    width = matrix.bits if matrix.scale is not None else 8 * matrix.dtype.itemsize
+    held = step * (rows * width // 8 + lines * matrix.dtype.itemsize)
+    return ProductPlan(lines, rows, step, splits, warps, min(stages, memory // held + 1))
 
 
 def _step(matrix: Matrix, most: int) -> int:
