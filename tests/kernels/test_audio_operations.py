@@ -10,7 +10,7 @@ import torch
 from fast_samples import DEVICE
 
 from quasr.engine.fast_audio import FastEncoder
-from quasr.kernels import dispatch, reference, reference_audio
+from quasr.kernels import dispatch, reference, reference_audio, triton_audio
 from quasr.kernels.matrix import LayerNorm, Matrix
 from quasr.model.config import AudioConfig
 from quasr.model.encoder import AudioEncoder
@@ -99,6 +99,17 @@ WINDOWS = {"one": [0, 20], "ragged": [0, 13, 14, 14, 40], "inside": [3, 30, 31],
 @pytest.mark.parametrize("shape", [(2, 16), (3, 20)], ids=str)
 def test_attention_inside_windows(shape: tuple[int, int], case: str, dtype: torch.dtype) -> None:
     """Heads of 16 and 20 numbers; an empty window; tokens that no window owns; one longer than a program holds."""
+    attention_inside_windows(shape, case, dtype)
+
+
+@pytest.mark.parametrize("case", WINDOWS)
+def test_attention_inside_windows_by_smaller_blocks(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on GPUs with little shared memory."""
+    monkeypatch.setattr(triton_audio, "wide_fits", lambda x: False)
+    attention_inside_windows((2, 16), case, torch.float32)
+
+
+def attention_inside_windows(shape: tuple[int, int], case: str, dtype: torch.dtype) -> None:
     heads, size = shape
     starts = torch.tensor(WINDOWS[case], dtype=torch.int32, device=DEVICE)
     longest = max(b - a for a, b in zip(WINDOWS[case], WINDOWS[case][1:], strict=False))

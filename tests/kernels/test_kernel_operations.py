@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import replace
-from itertools import accumulate
+from itertools import accumulate, product
 from typing import TYPE_CHECKING
 
 import pytest
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from fast_samples import DEVICE
 
 from quasr.errors import OptionError
-from quasr.kernels import dispatch, reference, triton_product
+from quasr.kernels import dispatch, reference, triton_attention, triton_product
 from quasr.kernels.matrix import Heads, Matrix, Norm
 from quasr.kernels.state import DecodeState, Places, Prompts
 from quasr.quant.linear import pack, quantise_int4, quantise_int8
@@ -244,6 +245,38 @@ def attention(dtype: torch.dtype, heads: Heads, case: str) -> None:
 
 def test_attention() -> None:
     attention(torch.float32, heads_of(3, 1, 16, torch.float32), "two")
+
+
+def test_attention_by_smaller_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on GPUs with little shared memory."""
+    monkeypatch.setattr(triton_attention, "wide_fits", lambda x: False)
+    attention(torch.float32, heads_of(4, 2, 32, torch.float32), "two")
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_products_take_as_many_stages_as_fit(bits: int) -> None:
+    """All that an H200 has room for; two thirds of its shared memory and less hold fewer."""
+    rows, columns = 4096, 2048
+    weights = {
+        16: Matrix(torch.empty(rows, columns, dtype=torch.bfloat16, device="meta")),
+        8: Matrix(
+            torch.empty(rows, columns, dtype=torch.int8, device="meta"), torch.empty(rows, 1, device="meta").half()
+        ),
+        4: Matrix(
+            torch.empty(rows, columns // 2, dtype=torch.uint8, device="meta"),
+            torch.empty(rows, columns // 128, device="meta").half(),
+        ),
+    }[bits]
+    fewer = 0
+    for m, (gate, head) in product((2, 16, 32, 64, 256), ((False, False), (True, False), (False, True))):
+        best = triton_product.plan(weights, m, 227 << 10, gate=gate, head=head)
+        found = triton_product.plan(weights, m, 64 << 10, gate=gate, head=head)
+        assert replace(found, stages=best.stages) == best
+        held = best.columns * (best.rows * bits // 8 + best.lines * 2)
+        assert best == triton_product.plan(weights, m, sys.maxsize, gate=gate, head=head)
+        assert found.stages == best.stages or (found.stages - 1) * held <= 64 << 10 < found.stages * held
+        fewer += found.stages < best.stages
+    assert fewer
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from quasr.kernels.triton_launch import block, gdc_launch, gdc_wait, launch_options, pdl_works
+from quasr.kernels.triton_launch import block, gdc_launch, gdc_wait, launch_options, pdl_works, wide_fits
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -203,14 +203,14 @@ def _counters(count: int, device: torch.device) -> Tensor:
     return torch.zeros(count, dtype=torch.int32, device=device)
 
 
-def plan(rows: int, heads: Heads, item: int) -> AttentionPlan:
+def plan(rows: int, heads: Heads, *, wide: bool = True) -> AttentionPlan:
     """Some programs for each of the 132 multiprocessors of an H200, and no more parts than pay.
 
-    item: bytes of a number in the cache. Blocks of fp32 have half the positions, for GPUs with less shared memory.
+    wide: see `triton_launch.wide_fits`.
     """
     splits = max(1, min(8, 512 // (rows * heads.kv_count)))
     warps, stages = (4, 3) if rows == 1 else (2, 2)
-    return AttentionPlan(block(splits + 1) // 2, 128 // item, warps, stages)
+    return AttentionPlan(block(splits + 1) // 2, 64 if wide else 32, warps, stages)
 
 
 def attend(x: Tensor, keys: Tensor, values: Tensor, places: Places, heads: Heads) -> Tensor:
@@ -225,7 +225,7 @@ def attend_step(x: Tensor, keys: Tensor, values: Tensor, places: Places, heads: 
 
 def run(x: Tensor, layer: tuple[Tensor, Tensor], places: Places, heads: Heads, *, fused: bool) -> Tensor:
     """Launches `attention`: (m, width or query_width) -> (m, query_width)."""
-    chosen = plan(len(x), heads, layer[0].dtype.itemsize)
+    chosen = plan(len(x), heads, wide=wide_fits(layer[0]))
     group, width = block(heads.count // heads.kv_count), block(heads.size, LEAST_DOT)
     out = x.new_empty(len(x), heads.query_width)
     many = len(x) * heads.kv_count

@@ -9,16 +9,16 @@ import triton
 import triton.language as tl
 
 from quasr.kernels.triton_attention import LEAST_DOT, LOG2_E
-from quasr.kernels.triton_launch import block, tensor_cores
+from quasr.kernels.triton_launch import block, wide_fits
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from quasr.kernels.matrix import LayerNorm
 
-MOST_TOKENS, MOST_FP32_TOKENS = 128, 64
-"""Of a window, that a program holds at once: a full one of the released models has 104. Where the tensor cores do not
-multiply, factors are turned into fp32 in shared memory, of which smaller GPUs have too little for as many."""
+MOST_TOKENS, FEWER_TOKENS = 128, 64
+"""Of a window, that a program holds at once, and where so many do not fit: a full one of the released models has 104.
+"""
 
 
 @triton.jit
@@ -177,8 +177,7 @@ def add_norm(x: Tensor, y: Tensor | None, norm: LayerNorm) -> Tensor:
 def attend_windows(qkv: Tensor, starts: Tensor, heads: int, longest: int) -> Tensor:
     """See `reference_audio.attend_windows`."""
     width = qkv.shape[1] // 3
-    alone = qkv.dtype != torch.float32 and tensor_cores(qkv.device)
-    size, tokens = width // heads, block(longest, LEAST_DOT, MOST_TOKENS if alone else MOST_FP32_TOKENS)
+    size, tokens = width // heads, block(longest, LEAST_DOT, MOST_TOKENS if wide_fits(qkv) else FEWER_TOKENS)
     out = torch.empty(len(qkv), width, dtype=qkv.dtype, device=qkv.device)
     attention[len(starts) - 1, heads, triton.cdiv(longest, tokens)](
         qkv, starts, out, size**-0.5 * LOG2_E,

@@ -4,6 +4,7 @@ Hopper's products have ended."""
 from __future__ import annotations
 
 import os
+import sys
 from functools import cache
 
 import torch
@@ -11,6 +12,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents as gdc_launch
 from triton.language.extra.cuda import gdc_wait
+
+from quasr.kernels import cuda_module
 
 __all__ = [
     "INTERPRETED",
@@ -29,6 +32,9 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 TENSOR_CORE_CAPABILITY, FIRST_PDL_CAPABILITY = (8, 0), (9, 0)
 """CUDA compute capabilities of Ampere and of Hopper, the first generation with programmatic dependent launch."""
+
+WIDE_BYTES = 144 << 10
+"""Of shared memory, that attention takes at most in fp32: 143,424 for one row, 131,584 for a window of the encoder."""
 
 WARP_GROUP = 4
 """Warps that multiply together on Hopper."""
@@ -55,6 +61,19 @@ def pdl_works(device: torch.device) -> bool:
 def tensor_cores(device: torch.device) -> bool:
     """Whether Triton compiles products of 16 bits for the tensor cores, which it does from Ampere on."""
     return device.type == "cpu" or torch.cuda.get_device_capability(device) >= TENSOR_CORE_CAPABILITY
+
+
+@cache
+def program_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program may have; the interpreter has no such limit."""
+    return sys.maxsize if device.type == "cpu" else cuda_module.shared_memory(cuda_module.index(device))
+
+
+def wide_fits(x: torch.Tensor) -> bool:
+    """Whether attention to `x` may take blocks of the usual size: where the tensor cores do not multiply, factors lie
+    in shared memory as fp32, and GPUs for games have too little of it."""
+    light = x.dtype != torch.float32 and tensor_cores(x.device)
+    return light or program_memory(x.device) >= WIDE_BYTES
 
 
 def launch_options(warps: int, pdl: bool, stages: int = 3) -> dict[str, int | bool]:

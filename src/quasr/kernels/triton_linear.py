@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -11,9 +10,17 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from quasr.kernels import cuda_module, reference, triton_matvec, triton_product
+from quasr.kernels import reference, triton_matvec, triton_product
 from quasr.kernels.matrix import Matrix
-from quasr.kernels.triton_launch import INTERPRETED, WARP_GROUP, block, launch_options, pdl_works, tensor_cores
+from quasr.kernels.triton_launch import (
+    INTERPRETED,
+    WARP_GROUP,
+    block,
+    launch_options,
+    pdl_works,
+    program_memory,
+    tensor_cores,
+)
 from quasr.kernels.triton_matvec import ADD, GATE, HEAD, PLAIN
 from quasr.kernels.triton_rows import rms_norm, settle, silu_gate
 
@@ -206,16 +213,8 @@ def _launch_product(x: Tensor, matrix: Matrix, out: tuple[Tensor, ...], mode: in
 
 
 def _product_plan(matrix: Matrix, m: int, mode: int) -> triton_product.ProductPlan:
-    memory = _program_memory(matrix.weight.device)
+    memory = program_memory(matrix.weight.device)
     return triton_product.plan(matrix, m, memory, gate=mode == GATE, head=mode == HEAD)
-
-
-@cache
-def _program_memory(device: torch.device) -> int:
-    """Bytes of shared memory that a program may have; the interpreter has no such limit."""
-    if device.type == "cpu":
-        return sys.maxsize
-    return cuda_module.shared_memory(cuda_module.index(device))
 
 
 def _in_pairs(x: Tensor) -> Tensor:
