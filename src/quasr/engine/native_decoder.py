@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import mmap
 from ctypes import POINTER, Structure, c_double, c_int64, c_void_p
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -46,6 +47,10 @@ KINDS = {8: 0, 4: 1}
 SIGNED = 2
 """int8 by rows, in decoder.c."""
 
+COARSE_ROWS = 32768
+"""Tokens of a vocabulary from which on a head of int8 by rows is read in 4 bits first. Below it is a small part of a
+step; the copy takes half of its memory, and what was mapped of the head is given back."""
+
 HALF_BYTES = 2
 
 PROMPT_SLICE = 960
@@ -72,7 +77,8 @@ class Layer(Structure):
 class Network(Structure):
     _fields_ = (
         ("layers", c_int64), ("hidden", c_int64), ("heads", c_int64), ("kv_heads", c_int64), ("head_dim", c_int64),
-        ("ffn", c_int64), ("layer", POINTER(Layer)), ("norm", c_void_p), ("head", Matrix), ("eps", c_double),
+        ("ffn", c_int64), ("layer", POINTER(Layer)), ("norm", c_void_p), ("head", Matrix), ("coarse", Matrix),
+        ("eps", c_double),
     )  # fmt: skip
 
 
@@ -107,7 +113,9 @@ def open_native(folder: Path, manifest: Manifest, runtime: Runtime) -> tuple[Nat
         except QuasrError as error:
             lack = str(error)
         else:
-            return NativeNetwork(compiled, folder, manifest, runtime.threads), "the decoder is compiled C"
+            network = NativeNetwork(compiled, folder, manifest, runtime.threads)
+            how = " (of its head, 4 bits of each code first)" if network.coarse else ""
+            return network, f"the decoder is compiled C{how}"
     if wish == "on":
         raise OptionError(f"{library.VARIABLE} is on, but {lack}: use auto")
     return None, f"the decoder is ONNX Runtime's: {lack}"
@@ -193,10 +201,11 @@ def _form(manifest: Manifest, name: str, size: tuple[int, int]) -> Form | None:
     return None if span is None or kind < 0 else Form(kind, group, span)
 
 
-def _mapped(path: Path) -> NDArray[np.uint8]:
+def _mapped(path: Path) -> mmap.mmap:
     """Raises CheckpointError for a file that is missing or empty."""
     try:
-        return np.memmap(path, np.uint8, "r")
+        with path.open("rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be mapped ({error}): {AGAIN}") from error
 
@@ -216,11 +225,14 @@ class NativeNetwork:
         self.facts, self.threads = manifest.graph, threads
         self.config = read_config(folder).text
         self.stored = np.dtype(np.float16 if compiled.quasr_stored_bytes() == HALF_BYTES else np.float32)
-        self._manifest, self._data = manifest, _mapped(folder / DATA)
+        self._manifest, self._file = manifest, _mapped(folder / DATA)
+        self._data = np.frombuffer(self._file, np.uint8)
         _check_facts(folder, manifest, self.config)
         self._sizes = dict(_sizes(self.config))
         self._layers = (Layer * self.config.layers)(*map(self._layer, range(self.config.layers)))
-        self._network = self._describe()
+        head = self._matrix("embed_tokens" if self.config.tied_head else "lm_head")
+        self._copy = self._coarse_copy(compiled, head)
+        self._network = self._describe(head)
         self._decode = compiled.quasr_decode
         self._decode.argtypes = (POINTER(Network), POINTER(Cache), POINTER(Request), c_int64)
 
@@ -233,11 +245,35 @@ class NativeNetwork:
         if self._decode(self._network, cache, request, self.threads):
             raise MemoryError("no memory for the decoder's activations")
 
-    def _describe(self) -> Network:
+    @property
+    def coarse(self) -> bool:
+        """Whether a copy of the head in 4 bits is read first."""
+        return self._copy is not None
+
+    def _describe(self, head: Matrix) -> Network:
         config = self.config
         sizes = (config.layers, config.hidden, config.heads, config.kv_heads, config.head_dim, config.ffn)
-        head = self._matrix("embed_tokens" if config.tied_head else "lm_head")
-        return Network(*sizes, self._layers, self._place("norm.weight", (config.hidden,)), head, config.rms_eps)
+        coarse = Matrix()
+        if self._copy is not None:
+            places = (part.ctypes.data for part in self._copy)
+            coarse = Matrix(*places, head.rows, head.columns, head.group, head.span, KINDS[4])
+        norm = self._place("norm.weight", (config.hidden,))
+        return Network(*sizes, self._layers, norm, head, coarse, config.rms_eps)
+
+    def _coarse_copy(self, compiled: ctypes.CDLL, head: Matrix) -> tuple[NDArray[np.uint8], Floats] | None:
+        """Codes and scales of the head in 4 bits, where that pays; the head's own pages are then given back."""
+        if head.kind != SIGNED or head.span != SPANS[0] or head.rows < COARSE_ROWS:
+            return None
+        codes, scales = np.empty(head.rows * head.columns // 2, np.uint8), np.empty(head.rows, np.float32)
+        make = compiled.quasr_coarse
+        make.argtypes = (c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p)
+        if make(head.codes, head.scales, head.rows, head.columns, codes.ctypes.data, scales.ctypes.data):
+            return None
+        begin = -(-(head.codes - self._data.ctypes.data) // mmap.PAGESIZE) * mmap.PAGESIZE
+        pages = (head.codes + head.rows * head.columns - self._data.ctypes.data - begin) // mmap.PAGESIZE
+        if pages > 0:
+            self._file.madvise(mmap.MADV_DONTNEED, begin, pages * mmap.PAGESIZE)
+        return codes, scales
 
     def _layer(self, index: int) -> Layer:
         name, config = f"layers.{index}", self.config

@@ -33,6 +33,8 @@ enum {
     SPAN = 128,           /* most columns that share a scale of activations */
     SPINS = 2000,         /* looks at a barrier before a thread gives its core away */
     PIECE = 4096,         /* logits of which a thread finds the likeliest at once */
+    STEP = 16,            /* codes of 8 bits that one coarse code of 4 stands for */
+    DOUBT = 16,           /* standard deviations of what coarse codes leave out that are still believed */
     LINE = 64
 };
 
@@ -62,7 +64,7 @@ typedef struct {
     int64_t layers, hidden, heads, kv_heads, head_dim, ffn;
     const layer *layer;
     const float *norm;
-    matrix head;
+    matrix head, coarse; /* `coarse`: see the next token; without codes where there is none */
     double eps;
 } network;
 
@@ -106,6 +108,11 @@ typedef struct {
     int32_t token;
 } choice;
 
+/* What coarse codes leave out of one token's logits, over a row's scale: what is to be expected, and the most beside. */
+typedef struct {
+    float expected, most;
+} rest;
+
 /* What the threads of one call share. `own` and `seen` floats belong to each of them. */
 typedef struct {
     const network *net;
@@ -113,9 +120,10 @@ typedef struct {
     const request *asked;
     int64_t threads, own;
     float *x, *wide, *attended, *scratch;
-    quantised q;
+    rest *rests;
+    quantised q, exact; /* `exact`: of what meets the head, for the coarse one's likeliest tokens */
     choice *choices;
-    atomic_int go, arrived, phase;
+    atomic_int go, arrived, phase, doubted;
     atomic_llong cursor;
 } team;
 
@@ -785,6 +793,183 @@ static void after_attention(team *team, int64_t thread, const layer *layer, cons
     product(team, &layer->down, q, team->x, 1);
 }
 
+/* --- the next token ----------------------------------------------------------------------------------------------- */
+
+INLINE floats load_some(const float *from, int64_t count) {
+    floats v = all(-__builtin_inff());
+    if (count >= LANES) return load(from);
+    for (int64_t lane = 0; lane < count; ++lane) v[lane] = from[lane];
+    return v;
+}
+
+/* Of the tokens from `first` to `last`; the lowest of equal ones. */
+static choice highest(const float *logits, int32_t first, int32_t last) {
+    const ints lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    floats top = all(-__builtin_inff());
+    ints where = (ints){0} + first, place = where + lanes;
+    for (int32_t i = first; i < last; i += LANES, place += LANES) {
+        floats v = load_some(logits + i, last - i);
+        ints above = v > top;
+        top = choose(above, v, top);
+        where = (place & above) | (where & ~above);
+    }
+    choice found = {top[0], 0, where[0]};
+    for (int lane = 1; lane < LANES; ++lane)
+        if (top[lane] > found.logit || (top[lane] == found.logit && where[lane] < found.token)) {
+            found.logit = top[lane];
+            found.token = where[lane];
+        }
+    return found;
+}
+
+/* The same with the sum, into which a NaN among the logits goes. */
+static choice likeliest(const float *logits, int32_t first, int32_t last) {
+    choice found = highest(logits, first, last);
+    floats total = {0};
+    /* Tokens that all cannot be: -inf less -inf would be NaN, and an error. */
+    const float base = found.logit == -__builtin_inff() ? 0 : found.logit;
+    for (int32_t i = first; i < last; i += LANES) total += exponential(load_some(logits + i, last - i) - base);
+    found.total = sum(total);
+    return found;
+}
+
+INLINE int64_t pieces(const network *net) { return (net->head.rows + PIECE - 1) / PIECE; }
+
+/* --- the head, coarsely ------------------------------------------------------------------------------------------- */
+
+/* A head of int8 by rows is a fourth to two fifths of what a step reads, and almost none of its rows can be the next
+   token. So a copy in 4 bits, the upper half of each code, is read first; then those rows of the head itself whose
+   logit may reach the best one's. A code is STEP times its upper half, less the zero, and a rest of -8 to 7 (15 where
+   it is 120 or more), -0.5 in the mean: the logit's rest is a sum of products of these with activations, with a standard
+   deviation of 4.6 times the root of the sum of their squares where rests do not depend on them. Logits within DOUBT of
+   these of the best are computed from the head: by Hoeffding's inequality one beyond is the highest in less than
+   10^-15 of steps. Whether rests are as small is looked at for all that are computed; where one has half of DOUBT, they
+   all are. The others keep their coarse logit, which changes the sum of all probabilities a little. */
+
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+
+/* The logit of one row for one token, as `few_tokens` adds it up. */
+static float one_row(const matrix *m, int64_t row, const quantised *q, int64_t token) {
+    const uint8_t *codes = row_codes(m, row);
+    float out = 0;
+    for (int64_t g = 0; g < m->columns / SPAN; ++g) {
+        const int64_t place = g * q->tokens + token;
+        __m512i total = _mm512_setzero_si512();
+        for (int64_t i = 0; i < SPAN / CODES; ++i)
+            total = add_products(total, widen(codes + g * SPAN, i, SPAN, SIGNED),
+                                 _mm512_loadu_si512(q->codes + place * SPAN + CODES * i));
+        out += (float)_mm512_reduce_add_epi32(total) * (row_scale(m, row, 0) * q->scales[place]);
+    }
+    return out;
+}
+
+#else
+
+static float one_row(const matrix *m, int64_t row, const quantised *q, int64_t token) { return 0; }
+
+#endif
+
+/* Of activations x: rests are -0.5 in the mean. */
+static rest rest_of(const float *x, int64_t size) {
+    floats squares = {0}, total = {0};
+    for (int64_t i = 0; i < size; i += LANES) {
+        squares += load(x + i) * load(x + i);
+        total += load(x + i);
+    }
+    return (rest){-0.5f * sum(total), DOUBT * 4.61f * __builtin_sqrtf(sum(squares))};
+}
+
+/* As `normalise`, of tokens from x on, as codes for the coarse head and for the head. */
+static void normalise_twice(team *team, int64_t thread, const float *x, const quantised *q) {
+    const network *net = team->net;
+    float *normed = team->scratch + thread * team->own;
+    int64_t first, count;
+    while ((count = take(team, q->tokens, &first)))
+        for (int64_t t = first; t < first + count; ++t) {
+            rms_norm(normed, x + t * net->hidden, net->norm, net->hidden, net->eps);
+            quantise(q, t, normed, &net->coarse);
+            quantise(&team->exact, t, normed, &net->head);
+            team->rests[t] = rest_of(normed, net->hidden);
+        }
+    meet(team);
+}
+
+/* Adds what is to be expected to some logits; whether one of them may reach `best`, or is no number. */
+INLINE int complete(float *logits, const float *scales, int64_t count, rest rest, float best) {
+    int found = 0;
+    for (int64_t i = 0; i < count; ++i) {
+        logits[i] += scales[i] * rest.expected;
+        found |= !(logits[i] + scales[i] * rest.most < best);
+    }
+    return found;
+}
+
+/* Completes one token's logits from `first` to `last`, and computes those that may reach `best`. */
+static void put_right(team *team, int64_t token, float best, int64_t first, int64_t last, float *logits) {
+    const matrix *head = &team->net->head;
+    const rest rest = team->rests[token];
+    for (int64_t row = first; row < last; row += LANES) {
+        const int64_t count = clamp(LANES, last - row);
+        if (!complete(logits + row, head->scales + row, count, rest, best)) continue;
+        for (int64_t i = row; i < row + count; ++i) {
+            const float most = head->scales[i] * rest.most;
+            if (logits[i] + most < best) continue;
+            const float right = one_row(head, i, &team->exact, token);
+            if (!(__builtin_fabsf(right - logits[i]) <= most / 2)) atomic_store(&team->doubted, 1);
+            logits[i] = right;
+        }
+    }
+}
+
+/* The logits of a few tokens, the n-th output and those behind it. */
+static void predict(team *team, int64_t thread, int64_t n, int64_t tokens, float *all_logits) {
+    const network *net = team->net;
+    const int64_t each = pieces(net), vocab = net->head.rows;
+    quantised q = {team->q.codes, team->q.sums, team->q.scales, tokens};
+    float *logits = all_logits + n * vocab;
+    int64_t first, count;
+    if (thread == 0) {
+        team->exact.tokens = tokens;
+        atomic_store(&team->doubted, 0);
+    }
+    meet(team);
+    normalise_twice(team, thread, team->x + n * net->hidden, &q);
+    product(team, &net->coarse, &q, logits, 0);
+    while ((count = take(team, tokens * each, &first)))
+        for (int64_t item = first; item < first + count; ++item) {
+            int64_t begin = item % each * PIECE;
+            team->choices[item] = highest(logits + item / each * vocab, (int32_t)begin,
+                                          (int32_t)clamp(begin + PIECE, vocab));
+        }
+    meet(team);
+    while ((count = take(team, tokens * each, &first)))
+        for (int64_t item = first; item < first + count; ++item) {
+            int64_t t = item / each, begin = item % each * PIECE;
+            choice best = team->choices[t * each];
+            for (int64_t i = 1; i < each; ++i)
+                if (team->choices[t * each + i].logit > best.logit) best = team->choices[t * each + i];
+            put_right(team, t, one_row(&net->head, best.token, &team->exact, t), begin, clamp(begin + PIECE, vocab),
+                      logits + t * vocab);
+        }
+    meet(team);
+    if (atomic_load(&team->doubted)) product(team, &net->head, &team->exact, logits, 0);
+}
+
+/* Makes the copy: nibbles, two in a byte, and scales. Returns 1 where this processor does not use one. */
+int quasr_coarse(const int8_t *codes, const float *scales, int64_t rows, int64_t columns, uint8_t *to, float *to_scales) {
+    if (!FEW) return 1;
+    for (int64_t i = 0; i < rows * columns / 2; ++i) {
+        uint8_t low = (uint8_t)(codes[2 * i] + 128), high = (uint8_t)(codes[2 * i + 1] + 128);
+        low = low >= 248 ? 15 : (uint8_t)(low + STEP / 2) / STEP;
+        high = high >= 248 ? 15 : (uint8_t)(high + STEP / 2) / STEP;
+        to[i] = (uint8_t)(low | high << 4);
+    }
+    for (int64_t row = 0; row < rows; ++row) to_scales[row] = STEP * scales[row];
+    return 0;
+}
+
+/* --- all layers ---------------------------------------------------------------------------------------------------- */
+
 /* `tokens` tokens from `begin` on through all layers. Behind the last attention only those go on that are wanted. */
 static void block(team *team, int64_t thread, int64_t begin, int64_t tokens, const int32_t *wanted, int64_t outputs,
                   float *logits) {
@@ -813,44 +998,13 @@ static void block(team *team, int64_t thread, int64_t begin, int64_t tokens, con
         attention(team, thread, index, begin, last ? wanted : NULL, q.tokens);
         after_attention(team, thread, layer, &q);
     }
+    if (net->coarse.codes) {
+        for (int64_t n = 0; n < outputs; n += FEW) predict(team, thread, n, clamp(outputs - n, FEW), logits);
+        return;
+    }
     normalise(team, thread, net->norm, &net->head, &q);
     product(team, &net->head, &q, logits, 0);
 }
-
-/* --- the next token ----------------------------------------------------------------------------------------------- */
-
-INLINE floats load_some(const float *from, int64_t count) {
-    floats v = all(-__builtin_inff());
-    if (count >= LANES) return load(from);
-    for (int64_t lane = 0; lane < count; ++lane) v[lane] = from[lane];
-    return v;
-}
-
-/* Of the tokens from `first` to `last`; the lowest of equal ones. A NaN among the logits goes into the sum. */
-static choice likeliest(const float *logits, int32_t first, int32_t last) {
-    const ints lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    floats top = all(-__builtin_inff()), total = {0};
-    ints where = (ints){0} + first, place = where + lanes;
-    for (int32_t i = first; i < last; i += LANES, place += LANES) {
-        floats v = load_some(logits + i, last - i);
-        ints above = v > top;
-        top = choose(above, v, top);
-        where = (place & above) | (where & ~above);
-    }
-    choice found = {top[0], 0, where[0]};
-    for (int lane = 1; lane < LANES; ++lane)
-        if (top[lane] > found.logit || (top[lane] == found.logit && where[lane] < found.token)) {
-            found.logit = top[lane];
-            found.token = where[lane];
-        }
-    /* Tokens that all cannot be: -inf less -inf would be NaN, and an error. */
-    const float base = found.logit == -__builtin_inff() ? 0 : found.logit;
-    for (int32_t i = first; i < last; i += LANES) total += exponential(load_some(logits + i, last - i) - base);
-    found.total = sum(total);
-    return found;
-}
-
-INLINE int64_t pieces(const network *net) { return (net->head.rows + PIECE - 1) / PIECE; }
 
 /* The pieces are the same for any number of threads, and so are the sums. */
 static void choose_tokens(team *team, int64_t thread) {
@@ -917,6 +1071,10 @@ static size_t lay_out(team *team, char *memory, int64_t tokens, int64_t threads)
         {(void **)&team->q.scales, tokens * columns / CODES * 4},
         {(void **)&team->scratch, threads * team->own * 4},
         {(void **)&team->choices, team->asked->outputs * pieces(net) * (int64_t)sizeof(choice)},
+        {(void **)&team->exact.codes, FEW * hidden * 2},
+        {(void **)&team->exact.sums, FEW * hidden / CODES * 4},
+        {(void **)&team->exact.scales, FEW * hidden / CODES * 4},
+        {(void **)&team->rests, FEW * (int64_t)sizeof(rest)},
     };
     size_t bytes = 0;
     for (size_t i = 0; i < sizeof parts / sizeof *parts; ++i) {
