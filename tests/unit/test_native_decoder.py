@@ -179,16 +179,16 @@ def same_choice(found: Choice, logits: NDArray[np.float32]) -> bool:
     )
 
 
-COARSE = Sizes(layers=1, heads=(4, 2, 32), ffn=128, vocab=2 * PIECE + 37)
-"""With a head of 128 columns a group, so that a copy in 4 bits may be read first."""
+HALVED = Sizes(layers=1, heads=(4, 2, 32), ffn=128, vocab=2 * PIECE + 37)
+"""With columns that the head's halves can be read by."""
 
 
 @pytest.fixture
-def coarse(compiled: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Made:
-    """A folder whose head is read in 4 bits first."""
-    made = make_folder(tmp_path, COARSE)
-    monkeypatch.setattr(native_decoder, "COARSE_ROWS", 1)
-    if not NativeNetwork(compiled, made.folder, made.manifest, 1).coarse:
+def halved(compiled: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Made:
+    """A folder whose head is kept in halves."""
+    made = make_folder(tmp_path, HALVED)
+    monkeypatch.setattr(native_decoder, "HALVED_ROWS", 1)
+    if not NativeNetwork(compiled, made.folder, made.manifest, 1).halved:
         pytest.skip("this processor reads the whole head at once")
     return made
 
@@ -196,55 +196,59 @@ def coarse(compiled: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 def whole_head(compiled: ctypes.CDLL, made: Made, rows: int) -> NativeDecoder:
     """A decoder that reads all of the head."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(native_decoder, "COARSE_ROWS", made.sizes.vocab + 1)
+        patch.setattr(native_decoder, "HALVED_ROWS", made.sizes.vocab + 1)
         cache = decoder(compiled, made, rows=rows)
-    assert not cache._network.coarse
+    assert not cache._network.halved
     return cache
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_a_head_that_is_read_coarsely_first_chooses_the_same(compiled: ctypes.CDLL, coarse: Made, threads: int) -> None:
+def test_a_head_in_halves_chooses_the_same(compiled: ctypes.CDLL, halved: Made, threads: int) -> None:
     """1, 3, 8 and 11 rows; the likeliest has the logit of the head to the bit."""
-    clips = prompts(coarse.sizes, *range(1, 12))
-    whole, found = whole_head(compiled, coarse, 11), decoder(compiled, coarse, rows=11, threads=threads)
-    assert found._network.coarse
+    clips = prompts(halved.sizes, *range(1, 12))
+    whole, found = whole_head(compiled, halved, 11), decoder(compiled, halved, rows=11, threads=threads)
+    assert found._network.halved
     for row, clip in enumerate(clips):
-        check_coarse(found.prefill(row, clip), found.logits, whole.prefill(row, clip), whole.logits)
+        check_halved(found.prefill(row, clip), found.logits, whole.prefill(row, clip), whole.logits)
     for rows in (1, 3, 8, 11):
         newest, positions = np.stack([clip[0] for clip in clips[:rows]]), list(range(1, rows + 1))
         one, other = found.step(newest, positions), whole.step(newest, positions)
-        check_coarse(one, found.logits, other, whole.logits)
-        alone = decoder(compiled, coarse, rows=1, threads=1)
+        check_halved(one, found.logits, other, whole.logits)
+        alone = decoder(compiled, halved, rows=1, threads=1)
         alone.prefill(0, clips[0])
         single = alone.step(newest[:1], positions[:1])
         assert np.array_equal(alone.logits[0], found.logits[0])
         assert (single.tokens[0], single.logprobs[0]) == (one.tokens[0], one.logprobs[0])
 
 
-def check_coarse(found: Choice, logits: NDArray[np.float32], truth: Choice, true: NDArray[np.float32]) -> None:
+def check_halved(found: Choice, logits: NDArray[np.float32], truth: Choice, true: NDArray[np.float32]) -> None:
     assert np.array_equal(found.tokens, truth.tokens)
-    # Nothing is sure of anything here: the tokens that keep their coarse logit have almost all of the probability.
+    # Nothing is sure of anything here: the tokens of which upper halves alone are read have almost all of it.
     assert np.allclose(found.logprobs, truth.logprobs, atol=2e-2)
     right = logits == true
     assert right[np.arange(len(right)), truth.tokens].all()
-    # Rests of -8 to 7 beside codes of -128 to 127: a sixteenth.
+    # Lower halves are 0 to 15 beside codes of -128 to 127.
     assert 0.04 < error(logits, true) < 0.08
 
 
-def test_what_a_coarse_head_leaves_out_may_point_where_the_activations_do(compiled: ctypes.CDLL, coarse: Made) -> None:
-    """A row whose codes are -7 and 7 by the signs of the activations, with which the upper halves are all zero: what
-    is left out is many times what chance allows, so all of the head is read."""
-    (clip,) = prompts(coarse.sizes, 5)
-    logits = reference(coarse, clip)[-1]
-    activations = np.linalg.lstsq(coarse.weights["embed_tokens"], logits, rcond=None)[0]
-    width, row = coarse.sizes.hidden, 5000
-    data = np.memmap(coarse.folder / "decoder.onnx.data", np.uint8, "r+")
-    begin = coarse.manifest.decoder["embed_tokens.weight"].offset + row * width
-    data[begin : begin + width] = np.where(activations > 0, 7, -7).astype(np.int8).view(np.uint8)
-    begin = coarse.manifest.decoder["embed_tokens.scale"].offset + row * 4
+def test_a_head_in_halves_is_told(halved: Made) -> None:
+    assert opened(halved) == (True, "the decoder is compiled C (of its head, the upper half of each code first)")
+
+
+def test_lower_halves_may_point_where_the_activations_do(compiled: ctypes.CDLL, halved: Made) -> None:
+    """A row whose codes are 0 and 15 by the signs of the activations, with which the upper halves are the same: what
+    the lower ones add is many times what chance allows, so all of the head is read."""
+    (clip,) = prompts(halved.sizes, 5)
+    logits = reference(halved, clip)[-1]
+    activations = np.linalg.lstsq(halved.weights["embed_tokens"], logits, rcond=None)[0]
+    width, row = halved.sizes.hidden, 5000
+    data = np.memmap(halved.folder / "decoder.onnx.data", np.uint8, "r+")
+    begin = halved.manifest.decoder["embed_tokens.weight"].offset + row * width
+    data[begin : begin + width] = np.where(activations > 0, 15, 0).astype(np.int8).view(np.uint8)
+    begin = halved.manifest.decoder["embed_tokens.scale"].offset + row * 4
     data[begin : begin + 4].view(np.float32)[0] *= 4
     data.flush()
-    found, whole = decoder(compiled, coarse), whole_head(compiled, coarse, 1)
+    found, whole = decoder(compiled, halved), whole_head(compiled, halved, 1)
     one, other = found.prefill(0, clip), whole.prefill(0, clip)
     assert other.tokens.tolist() == [row]
     assert one.tokens.tolist() == [row]
@@ -252,13 +256,13 @@ def test_what_a_coarse_head_leaves_out_may_point_where_the_activations_do(compil
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_a_coarse_head_has_no_number_where_the_head_has_none(compiled: ctypes.CDLL, coarse: Made, bad: float) -> None:
-    (clip,) = prompts(coarse.sizes, 5)
-    data = np.memmap(coarse.folder / "decoder.onnx.data", np.uint8, "r+")
-    begin = coarse.manifest.decoder["embed_tokens.scale"].offset
-    data[begin : begin + 4 * coarse.sizes.vocab].view(np.float32)[4321] = bad
+def test_a_head_in_halves_has_no_number_where_it_has_none(compiled: ctypes.CDLL, halved: Made, bad: float) -> None:
+    (clip,) = prompts(halved.sizes, 5)
+    data = np.memmap(halved.folder / "decoder.onnx.data", np.uint8, "r+")
+    begin = halved.manifest.decoder["embed_tokens.scale"].offset
+    data[begin : begin + 4 * halved.sizes.vocab].view(np.float32)[4321] = bad
     data.flush()
-    found, whole = decoder(compiled, coarse), whole_head(compiled, coarse, 1)
+    found, whole = decoder(compiled, halved), whole_head(compiled, halved, 1)
     one, other = found.prefill(0, clip), whole.prefill(0, clip)
     assert np.array_equal(found.logits, whole.logits, equal_nan=True)
     assert np.array_equal(one.logprobs, other.logprobs, equal_nan=True)

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from quasr.export.manifest import Manifest
     from quasr.model.config import TextConfig
 
+    Codes = NDArray[np.uint8]
     Floats = NDArray[np.float32]
 
 DATA = "decoder.onnx.data"
@@ -47,9 +48,9 @@ KINDS = {8: 0, 4: 1}
 SIGNED = 2
 """int8 by rows, in decoder.c."""
 
-COARSE_ROWS = 32768
-"""Tokens of a vocabulary from which on a head of int8 by rows is read in 4 bits first. Below it is a small part of a
-step; the copy takes half of its memory, and what was mapped of the head is given back."""
+HALVED_ROWS = 32768
+"""Tokens of a vocabulary from which on the codes of a head of int8 by rows are kept in halves, of which a step reads
+the upper ones and few of the lower. Below, a head is a small part of a step. What was mapped of it is given back."""
 
 HALF_BYTES = 2
 
@@ -78,7 +79,7 @@ class Network(Structure):
     _fields_ = (
         ("layers", c_int64), ("hidden", c_int64), ("heads", c_int64), ("kv_heads", c_int64), ("head_dim", c_int64),
         ("ffn", c_int64), ("layer", POINTER(Layer)), ("norm", c_void_p), ("head", Matrix), ("coarse", Matrix),
-        ("eps", c_double),
+        ("fine", c_void_p), ("eps", c_double),
     )  # fmt: skip
 
 
@@ -114,7 +115,7 @@ def open_native(folder: Path, manifest: Manifest, runtime: Runtime) -> tuple[Nat
             lack = str(error)
         else:
             network = NativeNetwork(compiled, folder, manifest, runtime.threads)
-            how = " (of its head, 4 bits of each code first)" if network.coarse else ""
+            how = " (of its head, the upper half of each code first)" if network.halved else ""
             return network, f"the decoder is compiled C{how}"
     if wish == "on":
         raise OptionError(f"{library.VARIABLE} is on, but {lack}: use auto")
@@ -231,7 +232,7 @@ class NativeNetwork:
         self._sizes = dict(_sizes(self.config))
         self._layers = (Layer * self.config.layers)(*map(self._layer, range(self.config.layers)))
         head = self._matrix("embed_tokens" if self.config.tied_head else "lm_head")
-        self._copy = self._coarse_copy(compiled, head)
+        self._halves = self._halve(compiled, head)
         self._network = self._describe(head)
         self._decode = compiled.quasr_decode
         self._decode.argtypes = (POINTER(Network), POINTER(Cache), POINTER(Request), c_int64)
@@ -246,34 +247,35 @@ class NativeNetwork:
             raise MemoryError("no memory for the decoder's activations")
 
     @property
-    def coarse(self) -> bool:
-        """Whether a copy of the head in 4 bits is read first."""
-        return self._copy is not None
+    def halved(self) -> bool:
+        """Whether the head's codes are kept in halves."""
+        return self._halves is not None
 
     def _describe(self, head: Matrix) -> Network:
         config = self.config
         sizes = (config.layers, config.hidden, config.heads, config.kv_heads, config.head_dim, config.ffn)
-        coarse = Matrix()
-        if self._copy is not None:
-            places = (part.ctypes.data for part in self._copy)
-            coarse = Matrix(*places, head.rows, head.columns, head.group, head.span, KINDS[4])
+        coarse, fine = Matrix(), None
+        if self._halves is not None:
+            codes, fine, scales = (part.ctypes.data for part in self._halves)
+            coarse = Matrix(codes, scales, head.rows, head.columns, head.group, head.span, KINDS[4])
         norm = self._place("norm.weight", (config.hidden,))
-        return Network(*sizes, self._layers, norm, head, coarse, config.rms_eps)
+        return Network(*sizes, self._layers, norm, head, coarse, fine, config.rms_eps)
 
-    def _coarse_copy(self, compiled: ctypes.CDLL, head: Matrix) -> tuple[NDArray[np.uint8], Floats] | None:
-        """Codes and scales of the head in 4 bits, where that pays; the head's own pages are then given back."""
-        if head.kind != SIGNED or head.span != SPANS[0] or head.rows < COARSE_ROWS:
+    def _halve(self, compiled: ctypes.CDLL, head: Matrix) -> tuple[Codes, Codes, Floats] | None:
+        """The upper and lower halves of the head's codes and the scales of the upper ones, where that pays."""
+        if head.kind != SIGNED or head.span != SPANS[0] or head.rows < HALVED_ROWS:
             return None
-        codes, scales = np.empty(head.rows * head.columns // 2, np.uint8), np.empty(head.rows, np.float32)
-        make = compiled.quasr_coarse
-        make.argtypes = (c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p)
-        if make(head.codes, head.scales, head.rows, head.columns, codes.ctypes.data, scales.ctypes.data):
+        size = head.rows * head.columns
+        upper, lower = np.empty((2, size // 2), np.uint8)
+        compiled.quasr_halves.argtypes = (c_void_p, c_int64, c_void_p, c_void_p)
+        if compiled.quasr_halves(head.codes, size, upper.ctypes.data, lower.ctypes.data):
             return None
-        begin = -(-(head.codes - self._data.ctypes.data) // mmap.PAGESIZE) * mmap.PAGESIZE
-        pages = (head.codes + head.rows * head.columns - self._data.ctypes.data - begin) // mmap.PAGESIZE
-        if pages > 0:
-            self._file.madvise(mmap.MADV_DONTNEED, begin, pages * mmap.PAGESIZE)
-        return codes, scales
+        offset = head.codes - int(self._data.ctypes.data)
+        begin, end = -(-offset // mmap.PAGESIZE) * mmap.PAGESIZE, (offset + size) // mmap.PAGESIZE * mmap.PAGESIZE
+        if end > begin:
+            self._file.madvise(mmap.MADV_DONTNEED, begin, end - begin)
+        scales = np.ctypeslib.as_array(ctypes.cast(head.scales, POINTER(ctypes.c_float)), (head.rows,))
+        return upper, lower, scales * np.float32(16)
 
     def _layer(self, index: int) -> Layer:
         name, config = f"layers.{index}", self.config

@@ -33,8 +33,7 @@ enum {
     SPAN = 128,           /* most columns that share a scale of activations */
     SPINS = 2000,         /* looks at a barrier before a thread gives its core away */
     PIECE = 4096,         /* logits of which a thread finds the likeliest at once */
-    STEP = 16,            /* codes of 8 bits that one coarse code of 4 stands for */
-    DOUBT = 16,           /* standard deviations of what coarse codes leave out that are still believed */
+    DOUBT = 16,           /* standard deviations of what the lower halves of codes add that are still believed */
     LINE = 64
 };
 
@@ -64,7 +63,8 @@ typedef struct {
     int64_t layers, hidden, heads, kv_heads, head_dim, ffn;
     const layer *layer;
     const float *norm;
-    matrix head, coarse; /* `coarse`: see the next token; without codes where there is none */
+    matrix head, coarse; /* `coarse`: the upper halves of the head's codes, where they are read first */
+    const uint8_t *fine; /* the lower ones */
     double eps;
 } network;
 
@@ -108,7 +108,7 @@ typedef struct {
     int32_t token;
 } choice;
 
-/* What coarse codes leave out of one token's logits, over a row's scale: what is to be expected, and the most beside. */
+/* What lower halves add to one token's logits, over a row's scale: what is to be expected, and the most beside. */
 typedef struct {
     float expected, most;
 } rest;
@@ -121,7 +121,7 @@ typedef struct {
     int64_t threads, own;
     float *x, *wide, *attended, *scratch;
     rest *rests;
-    quantised q, exact; /* `exact`: of what meets the head, for the coarse one's likeliest tokens */
+    quantised q;
     choice *choices;
     atomic_int go, arrived, phase, doubted;
     atomic_llong cursor;
@@ -835,136 +835,130 @@ static choice likeliest(const float *logits, int32_t first, int32_t last) {
 
 INLINE int64_t pieces(const network *net) { return (net->head.rows + PIECE - 1) / PIECE; }
 
-/* --- the head, coarsely ------------------------------------------------------------------------------------------- */
+/* --- the head by halves ------------------------------------------------------------------------------------------- */
 
 /* A head of int8 by rows is a fourth to two fifths of what a step reads, and almost none of its rows can be the next
-   token. So a copy in 4 bits, the upper half of each code, is read first; then those rows of the head itself whose
-   logit may reach the best one's. A code is STEP times its upper half, less the zero, and a rest of -8 to 7 (15 where
-   it is 120 or more), -0.5 in the mean: the logit's rest is a sum of products of these with activations, with a standard
-   deviation of 4.6 times the root of the sum of their squares where rests do not depend on them. Logits within DOUBT of
-   these of the best are computed from the head: by Hoeffding's inequality one beyond is the highest in less than
-   10^-15 of steps. Whether rests are as small is looked at for all that are computed; where one has half of DOUBT, they
-   all are. The others keep their coarse logit, which changes the sum of all probabilities a little. */
+   token. So its codes are kept in halves: the upper four bits of all rows are read, and the lower four of those whose
+   logit may reach the best one's. A code is 16 times its upper half, less 128, and its lower half, 7.5 in the mean: what
+   that adds to a logit has a standard deviation of 4.61 times the root of the sum of squares of the activations, where
+   it does not depend on them. Logits that are within DOUBT of these of the best are computed in full: by Hoeffding's
+   inequality one beyond is the highest in less than 10^-15 of steps. Whether lower halves add no more is looked at for
+   all that are computed; where one adds half of DOUBT, they all are. The others keep the logit that is to be expected,
+   which changes the sum of all probabilities a little. */
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
 
-/* The logit of one row for one token, as `few_tokens` adds it up. */
-static float one_row(const matrix *m, int64_t row, const quantised *q, int64_t token) {
-    const uint8_t *codes = row_codes(m, row);
+INLINE __m512i nibble_sums(const uint8_t *codes, const int16_t *x) {
+    __m512i both = _mm512_loadu_si512(codes), mask = _mm512_set1_epi8(15);
+    return nibble_products(_mm512_and_si512(both, mask), _mm512_and_si512(_mm512_srli_epi16(both, 4), mask), x);
+}
+
+/* The logit of one row for one token, as `few_tokens` adds it up from whole codes. */
+static float whole_logit(const network *net, int64_t row, const quantised *q, int64_t token) {
+    const int64_t columns = net->head.columns, begin = row * columns / 2;
     float out = 0;
-    for (int64_t g = 0; g < m->columns / SPAN; ++g) {
-        const int64_t place = g * q->tokens + token;
-        __m512i total = _mm512_setzero_si512();
-        for (int64_t i = 0; i < SPAN / CODES; ++i)
-            total = add_products(total, widen(codes + g * SPAN, i, SPAN, SIGNED),
-                                 _mm512_loadu_si512(q->codes + place * SPAN + CODES * i));
-        out += (float)_mm512_reduce_add_epi32(total) * (row_scale(m, row, 0) * q->scales[place]);
+    for (int64_t g = 0; g < columns / SPAN; ++g) {
+        const int64_t place = g * q->tokens + token, at = begin + g * SPAN / 2;
+        __m512i upper = nibble_sums(net->coarse.codes + at, q->codes + place * SPAN);
+        __m512i total = _mm512_add_epi32(_mm512_slli_epi32(upper, 4), nibble_sums(net->fine + at, q->codes + place * SPAN));
+        int32_t sum_ = _mm512_reduce_add_epi32(total) - 128 * q->sums[place];
+        out += (float)sum_ * (net->head.scales[row] * q->scales[place]);
     }
     return out;
 }
 
 #else
 
-static float one_row(const matrix *m, int64_t row, const quantised *q, int64_t token) { return 0; }
+static float whole_logit(const network *net, int64_t row, const quantised *q, int64_t token) { return 0; }
 
 #endif
 
-/* Of activations x: rests are -0.5 in the mean. */
 static rest rest_of(const float *x, int64_t size) {
     floats squares = {0}, total = {0};
     for (int64_t i = 0; i < size; i += LANES) {
         squares += load(x + i) * load(x + i);
         total += load(x + i);
     }
-    return (rest){-0.5f * sum(total), DOUBT * 4.61f * __builtin_sqrtf(sum(squares))};
+    return (rest){7.5f * sum(total), DOUBT * 4.61f * __builtin_sqrtf(sum(squares))};
 }
 
-/* As `normalise`, of tokens from x on, as codes for the coarse head and for the head. */
-static void normalise_twice(team *team, int64_t thread, const float *x, const quantised *q) {
-    const network *net = team->net;
-    float *normed = team->scratch + thread * team->own;
-    int64_t first, count;
-    while ((count = take(team, q->tokens, &first)))
-        for (int64_t t = first; t < first + count; ++t) {
-            rms_norm(normed, x + t * net->hidden, net->norm, net->hidden, net->eps);
-            quantise(q, t, normed, &net->coarse);
-            quantise(&team->exact, t, normed, &net->head);
-            team->rests[t] = rest_of(normed, net->hidden);
-        }
-    meet(team);
-}
-
-/* Adds what is to be expected to some logits; whether one of them may reach `best`, or is no number. */
-INLINE int complete(float *logits, const float *scales, int64_t count, rest rest, float best) {
-    int found = 0;
-    for (int64_t i = 0; i < count; ++i) {
-        logits[i] += scales[i] * rest.expected;
-        found |= !(logits[i] + scales[i] * rest.most < best);
-    }
-    return found;
-}
-
-/* Completes one token's logits from `first` to `last`, and computes those that may reach `best`. */
-static void put_right(team *team, int64_t token, float best, int64_t first, int64_t last, float *logits) {
-    const matrix *head = &team->net->head;
-    const rest rest = team->rests[token];
+/* Computes the logits of one token that may reach `best`, or are no numbers. */
+static void put_right(team *team, const quantised *q, int64_t token, float best, int64_t first, int64_t last,
+                      float *logits) {
+    const float *scales = team->net->head.scales, most = team->rests[token].most;
     for (int64_t row = first; row < last; row += LANES) {
         const int64_t count = clamp(LANES, last - row);
-        if (!complete(logits + row, head->scales + row, count, rest, best)) continue;
-        for (int64_t i = row; i < row + count; ++i) {
-            const float most = head->scales[i] * rest.most;
-            if (logits[i] + most < best) continue;
-            const float right = one_row(head, i, &team->exact, token);
-            if (!(__builtin_fabsf(right - logits[i]) <= most / 2)) atomic_store(&team->doubted, 1);
+        int found = 0;
+        for (int64_t i = row; i < row + count; ++i) found |= !(logits[i] + scales[i] * most < best);
+        for (int64_t i = row; found && i < row + count; ++i) {
+            if (logits[i] + scales[i] * most < best) continue;
+            const float right = whole_logit(team->net, i, q, token);
+            if (!(__builtin_fabsf(right - logits[i]) <= scales[i] * most / 2)) atomic_store(&team->doubted, 1);
             logits[i] = right;
         }
     }
 }
 
-/* The logits of a few tokens, the n-th output and those behind it. */
-static void predict(team *team, int64_t thread, int64_t n, int64_t tokens, float *all_logits) {
-    const network *net = team->net;
-    const int64_t each = pieces(net), vocab = net->head.rows;
-    quantised q = {team->q.codes, team->q.sums, team->q.scales, tokens};
-    float *logits = all_logits + n * vocab;
-    int64_t first, count;
-    if (thread == 0) {
-        team->exact.tokens = tokens;
-        atomic_store(&team->doubted, 0);
-    }
-    meet(team);
-    normalise_twice(team, thread, team->x + n * net->hidden, &q);
-    product(team, &net->coarse, &q, logits, 0);
-    while ((count = take(team, tokens * each, &first)))
-        for (int64_t item = first; item < first + count; ++item) {
-            int64_t begin = item % each * PIECE;
-            team->choices[item] = highest(logits + item / each * vocab, (int32_t)begin,
-                                          (int32_t)clamp(begin + PIECE, vocab));
-        }
-    meet(team);
-    while ((count = take(team, tokens * each, &first)))
-        for (int64_t item = first; item < first + count; ++item) {
-            int64_t t = item / each, begin = item % each * PIECE;
-            choice best = team->choices[t * each];
-            for (int64_t i = 1; i < each; ++i)
-                if (team->choices[t * each + i].logit > best.logit) best = team->choices[t * each + i];
-            put_right(team, t, one_row(&net->head, best.token, &team->exact, t), begin, clamp(begin + PIECE, vocab),
-                      logits + t * vocab);
-        }
-    meet(team);
-    if (atomic_load(&team->doubted)) product(team, &net->head, &team->exact, logits, 0);
+INLINE choice best_of(const choice *parts, int64_t count) {
+    choice best = parts[0];
+    for (int64_t i = 1; i < count; ++i) best = parts[i].logit > best.logit ? parts[i] : best;
+    return best;
 }
 
-/* Makes the copy: nibbles, two in a byte, and scales. Returns 1 where this processor does not use one. */
-int quasr_coarse(const int8_t *codes, const float *scales, int64_t rows, int64_t columns, uint8_t *to, float *to_scales) {
+/* The logits of a few tokens from their upper halves, with what is to be expected of the lower ones; and the likeliest
+   token of each piece by these. */
+static void guess(team *team, const quantised *q, float *logits) {
+    const int64_t each = pieces(team->net), vocab = team->net->head.rows;
+    int64_t first, count;
+    product(team, &team->net->coarse, q, logits, 0);
+    while ((count = take(team, q->tokens * each, &first)))
+        for (int64_t item = first; item < first + count; ++item) {
+            float *own = logits + item / each * vocab;
+            const int64_t begin = item % each * PIECE, end = clamp(begin + PIECE, vocab);
+            for (int64_t i = begin; i < end; ++i) own[i] += team->net->head.scales[i] * team->rests[item / each].expected;
+            team->choices[item] = highest(own, (int32_t)begin, (int32_t)end);
+        }
+    meet(team);
+}
+
+/* The logits of a few tokens, whose last hidden states are x. */
+static void by_halves(team *team, int64_t thread, const float *x, int64_t tokens, float *logits) {
+    const network *net = team->net;
+    const int64_t each = pieces(net), vocab = net->head.rows;
+    const quantised q = {team->q.codes, team->q.sums, team->q.scales, tokens};
+    float *normed = team->scratch + thread * team->own;
+    int64_t first, count;
+    if (thread == 0) atomic_store(&team->doubted, 0);
+    while ((count = take(team, tokens, &first)))
+        for (int64_t t = first; t < first + count; ++t) {
+            rms_norm(normed, x + t * net->hidden, net->norm, net->hidden, net->eps);
+            quantise(&q, t, normed, &net->coarse);
+            team->rests[t] = rest_of(normed, net->hidden);
+        }
+    meet(team);
+    guess(team, &q, logits);
+    while ((count = take(team, tokens * each, &first)))
+        for (int64_t item = first; item < first + count; ++item) {
+            const int64_t t = item / each, begin = item % each * PIECE;
+            const float best = whole_logit(net, best_of(team->choices + t * each, each).token, &q, t);
+            put_right(team, &q, t, best, begin, clamp(begin + PIECE, vocab), logits + t * vocab);
+        }
+    meet(team);
+    if (!atomic_load(&team->doubted)) return;
+    while ((count = take(team, tokens * vocab, &first)))
+        for (int64_t item = first; item < first + count; ++item)
+            logits[item] = whole_logit(net, item % vocab, &q, item / vocab);
+    meet(team);
+}
+
+/* Takes codes apart, two halves of neighbours in a byte. Returns 1 where this processor does not read them so. */
+int quasr_halves(const int8_t *codes, int64_t count, uint8_t *upper, uint8_t *lower) {
     if (!FEW) return 1;
-    for (int64_t i = 0; i < rows * columns / 2; ++i) {
-        uint8_t low = (uint8_t)(codes[2 * i] + 128), high = (uint8_t)(codes[2 * i + 1] + 128);
-        low = low >= 248 ? 15 : (uint8_t)(low + STEP / 2) / STEP;
-        high = high >= 248 ? 15 : (uint8_t)(high + STEP / 2) / STEP;
-        to[i] = (uint8_t)(low | high << 4);
+    for (int64_t i = 0; i < count / 2; ++i) {
+        const uint8_t low = (uint8_t)(codes[2 * i] + 128), high = (uint8_t)(codes[2 * i + 1] + 128);
+        upper[i] = (uint8_t)(low >> 4 | (high & 0xF0));
+        lower[i] = (uint8_t)((low & 15) | high << 4);
     }
-    for (int64_t row = 0; row < rows; ++row) to_scales[row] = STEP * scales[row];
     return 0;
 }
 
@@ -999,7 +993,8 @@ static void block(team *team, int64_t thread, int64_t begin, int64_t tokens, con
         after_attention(team, thread, layer, &q);
     }
     if (net->coarse.codes) {
-        for (int64_t n = 0; n < outputs; n += FEW) predict(team, thread, n, clamp(outputs - n, FEW), logits);
+        for (int64_t n = 0; n < outputs; n += FEW)
+            by_halves(team, thread, team->x + n * net->hidden, clamp(outputs - n, FEW), logits + n * net->head.rows);
         return;
     }
     normalise(team, thread, net->norm, &net->head, &q);
@@ -1020,9 +1015,8 @@ static void choose_tokens(team *team, int64_t thread) {
     meet(team);
     for (int64_t n = thread; n < asked->outputs; n += team->threads) {
         const choice *parts = team->choices + n * each;
-        choice best = parts[0];
+        const choice best = best_of(parts, each);
         float total = 0;
-        for (int64_t i = 1; i < each; ++i) best = parts[i].logit > best.logit ? parts[i] : best;
         for (int64_t i = 0; i < each; ++i) total += parts[i].total * exponential(all(parts[i].logit - best.logit))[0];
         asked->likeliest[n] = best.token;
         asked->totals[n] = total;
@@ -1071,9 +1065,6 @@ static size_t lay_out(team *team, char *memory, int64_t tokens, int64_t threads)
         {(void **)&team->q.scales, tokens * columns / CODES * 4},
         {(void **)&team->scratch, threads * team->own * 4},
         {(void **)&team->choices, team->asked->outputs * pieces(net) * (int64_t)sizeof(choice)},
-        {(void **)&team->exact.codes, FEW * hidden * 2},
-        {(void **)&team->exact.sums, FEW * hidden / CODES * 4},
-        {(void **)&team->exact.scales, FEW * hidden / CODES * 4},
         {(void **)&team->rests, FEW * (int64_t)sizeof(rest)},
     };
     size_t bytes = 0;
