@@ -118,7 +118,8 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _limit(folder: Path, speeds: Sequence[float], figures: dict[str, dict[str, float]]) -> dict[str, float]:
-    """GB/s read, and the least time of a token over that of reading a folder's decoder at the best of these speeds."""
+    """GB/s read, and the least time of a token over that of reading a folder's decoder at the best of these speeds: all
+    of it, although a step reads some half of a head that the decoder in C keeps in halves."""
     limit = {"read_gbs": round(max(speeds) / 1e9, 2), "read_gbs_median": round(float(np.median(speeds)) / 1e9, 2)}
     if not is_onnx_folder(folder):
         return limit

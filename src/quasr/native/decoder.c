@@ -835,6 +835,12 @@ static choice likeliest(const float *logits, int32_t first, int32_t last) {
 
 INLINE int64_t pieces(const network *net) { return (net->head.rows + PIECE - 1) / PIECE; }
 
+INLINE choice best_of(const choice *parts, int64_t count) {
+    choice best = parts[0];
+    for (int64_t i = 1; i < count; ++i) best = parts[i].logit > best.logit ? parts[i] : best;
+    return best;
+}
+
 /* --- the head by halves ------------------------------------------------------------------------------------------- */
 
 /* A head of int8 by rows is a fourth to two fifths of what a step reads, and almost none of its rows can be the next
@@ -867,12 +873,6 @@ static float whole_logit(const network *net, int64_t row, const quantised *q, in
     return out;
 }
 
-#else
-
-static float whole_logit(const network *net, int64_t row, const quantised *q, int64_t token) { return 0; }
-
-#endif
-
 static rest rest_of(const float *x, int64_t size) {
     floats squares = {0}, total = {0};
     for (int64_t i = 0; i < size; i += LANES) {
@@ -897,12 +897,6 @@ static void put_right(team *team, const quantised *q, int64_t token, float best,
             logits[i] = right;
         }
     }
-}
-
-INLINE choice best_of(const choice *parts, int64_t count) {
-    choice best = parts[0];
-    for (int64_t i = 1; i < count; ++i) best = parts[i].logit > best.logit ? parts[i] : best;
-    return best;
 }
 
 /* The logits of a few tokens from their upper halves, with what is to be expected of the lower ones; and the likeliest
@@ -951,6 +945,8 @@ static void by_halves(team *team, int64_t thread, const float *x, int64_t tokens
     meet(team);
 }
 
+#endif
+
 /* Takes codes apart, two halves of neighbours in a byte. Returns 1 where this processor does not read them so. */
 int quasr_halves(const int8_t *codes, int64_t count, uint8_t *upper, uint8_t *lower) {
     if (!FEW) return 1;
@@ -992,11 +988,13 @@ static void block(team *team, int64_t thread, int64_t begin, int64_t tokens, con
         attention(team, thread, index, begin, last ? wanted : NULL, q.tokens);
         after_attention(team, thread, layer, &q);
     }
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
     if (net->coarse.codes) {
         for (int64_t n = 0; n < outputs; n += FEW)
             by_halves(team, thread, team->x + n * net->hidden, clamp(outputs - n, FEW), logits + n * net->head.rows);
         return;
     }
+#endif
     normalise(team, thread, net->norm, &net->head, &q);
     product(team, &net->head, &q, logits, 0);
 }
