@@ -23,8 +23,10 @@ __all__ = [
     "gdc_wait",
     "launch_options",
     "pdl_works",
+    "program_memory",
     "settled",
     "tensor_cores",
+    "wide_fits",
 ]
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
