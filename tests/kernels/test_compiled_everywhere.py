@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-SHARED_MEMORY = {75: 64 << 10, 86: 99 << 10, 120: 99 << 10}
+SHARED_MEMORY = {75: 64 << 10, 86: 99 << 10}
 """Bytes that one program may have: CUDA C++ Programming Guide, technical specifications of compute capabilities."""
 
 KERNELS = {"activation", "attention", "choice", "convolution", "embedding", "matvec", "normalisation", "rotation"}

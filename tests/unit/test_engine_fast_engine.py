@@ -293,6 +293,21 @@ def test_a_clip_that_waits_for_a_row_can_be_cancelled_or_end(ending: str) -> Non
     same([found[ticket] for ticket in tickets], expected[: len(tickets)])
 
 
+def test_a_late_clip_passes_those_of_a_job_that_wait_for_a_row() -> None:
+    """It gets the second row that becomes free: the first one makes room for it among those that wait."""
+    model = build()
+    engine = fast(model, frozenset(), rows=4)
+    job = [engine.submit(replace(REQUESTS[0], max_new_tokens=20 + 16 * n), "job") for n in range(10)]
+    found = dict(engine.step())
+    late = engine.submit(replace(REQUESTS[2], max_new_tokens=9), "late")
+    while late not in found:
+        found.update(engine.step())
+    assert sum(ticket in found for ticket in job) == 2
+    found.update(drain(engine))
+    alone = [fast(model, frozenset()).run([replace(REQUESTS[0], max_new_tokens=20 + 16 * n)])[0] for n in range(10)]
+    same([found[ticket] for ticket in job], alone)
+
+
 def test_run_leaves_other_clips_results_for_step() -> None:
     model = build()
     engine = fast(model)

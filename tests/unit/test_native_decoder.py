@@ -235,24 +235,56 @@ def test_a_head_in_halves_is_told(halved: Made) -> None:
     assert opened(halved) == (True, "the decoder is compiled C (of its head, the upper half of each code first)")
 
 
-def test_lower_halves_may_point_where_the_activations_do(compiled: ctypes.CDLL, halved: Made) -> None:
-    """A row whose codes are 0 and 15 by the signs of the activations, with which the upper halves are the same: what
-    the lower ones add is many times what chance allows, so all of the head is read."""
-    (clip,) = prompts(halved.sizes, 5)
-    logits = reference(halved, clip)[-1]
-    activations = np.linalg.lstsq(halved.weights["embed_tokens"], logits, rcond=None)[0]
-    width, row = halved.sizes.hidden, 5000
-    data = np.memmap(halved.folder / "decoder.onnx.data", np.uint8, "r+")
+def activations_of(halved: Made, embeddings: NDArray[np.float32]) -> NDArray[np.float64]:
+    """What the last token has before the head."""
+    logits = reference(halved, embeddings)[-1]
+    return np.asarray(np.linalg.lstsq(halved.weights["embed_tokens"], logits, rcond=None)[0])
+
+
+def put_row(halved: Made, row: int, codes: NDArray[np.int64], scale: float) -> None:
+    data, width = np.memmap(halved.folder / "decoder.onnx.data", np.uint8, "r+"), halved.sizes.hidden
     begin = halved.manifest.decoder["embed_tokens.weight"].offset + row * width
-    data[begin : begin + width] = np.where(activations > 0, 15, 0).astype(np.int8).view(np.uint8)
+    data[begin : begin + width] = codes.astype(np.int8).view(np.uint8)
     begin = halved.manifest.decoder["embed_tokens.scale"].offset + row * 4
-    data[begin : begin + 4].view(np.float32)[0] *= 4
+    data[begin : begin + 4].view(np.float32)[0] = scale
     data.flush()
+
+
+def test_lower_halves_may_point_where_the_activations_do(compiled: ctypes.CDLL, halved: Made) -> None:
+    """A row whose codes are 0 and 15, with which the upper halves are the same: what the lower ones add is many times
+    what chance allows, so all of the head is read, for this clip and for no other beside it."""
+    one, other = prompts(halved.sizes, 6, 6)
+    put_row(halved, 5000, np.where(activations_of(halved, one) > 0, 15, 0), 6 / (75 * halved.sizes.hidden**0.5))
+    found, whole, alone = (
+        decoder(compiled, halved, rows=2),
+        whole_head(compiled, halved, 2),
+        decoder(compiled, halved),
+    )
+    for cache, clips in ((found, (other, one)), (whole, (other, one)), (alone, (other,))):
+        for row, clip in enumerate(clips):
+            cache.prefill(row, clip[:-1])
+    both, truth = (cache.step(np.stack([other[-1], one[-1]]), [5, 5]) for cache in (found, whole))
+    assert truth.tokens[1] == 5000
+    assert np.array_equal(both.tokens, truth.tokens)
+    assert np.array_equal(found.logits[1], whole.logits[1])
+    single = alone.step(other[-1:], [5])
+    assert np.array_equal(found.logits[0], alone.logits[0])
+    assert both.logprobs[0] == single.logprobs[0]
+
+
+def test_the_guessed_best_is_doubted_too(compiled: ctypes.CDLL, halved: Made) -> None:
+    """Two rows along the activations, guessed to be alike. What the lower halves add to the better one is so much that
+    its guess does not reach its own logit, so it is none of those that may."""
+    (clip,) = prompts(halved.sizes, 5)
+    x = activations_of(halved, clip)
+    better, other = np.where(x > 0, 127, -128), np.where(x > 0, 72, -57)
+    guesses = [((codes + 128) // 16 * 16 - 128 + 7.5) @ x for codes in (better, other)]
+    scale = 2 / (75 * halved.sizes.hidden**0.5)
+    put_row(halved, 5000, better, scale)
+    put_row(halved, 100, other, 0.999 * scale * guesses[0] / guesses[1])
     found, whole = decoder(compiled, halved), whole_head(compiled, halved, 1)
-    one, other = found.prefill(0, clip), whole.prefill(0, clip)
-    assert other.tokens.tolist() == [row]
-    assert one.tokens.tolist() == [row]
-    assert np.array_equal(found.logits, whole.logits)
+    assert whole.prefill(0, clip).tokens.tolist() == [5000]
+    assert found.prefill(0, clip).tokens.tolist() == [5000]
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

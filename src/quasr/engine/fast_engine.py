@@ -238,8 +238,10 @@ class FastEngine(Reporting):
         return request.draft[: min(next(ends, len(request.draft)), request.max_new_tokens)]
 
     def _admit(self) -> None:
-        """Encodes and prefills the clips that fit now, those ahead of rows too, once a row has nothing to do."""
-        for admission in self._scheduler.admit(time.monotonic()) if self._rows.free else ():
+        """Encodes and prefills the clips that fit now, those ahead of rows too, once a row has nothing to do or a group
+        has no clip here, whose first then moves up before others (`Rows.drop`)."""
+        wanted = self._rows.free or self._scheduler.starving
+        for admission in self._scheduler.admit(time.monotonic()) if wanted else ():
             clip = self._clips[admission.ticket.index]
             clip.offset = admission.offset
             self._starting.append(clip)

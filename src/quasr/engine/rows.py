@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
@@ -175,10 +176,13 @@ class Rows:
         return Look(tuple(self.clips), tuple(clip.sure for clip in self.clips), *_to_host(lines))
 
     def drop(self) -> None:
-        """Takes the clips that are over out; the others move up."""
+        """Takes the clips that are over out; the others move up, of those that wait the first of the group that has the
+        fewest rows."""
         keep = [index for index, clip in enumerate(self.clips) if not clip.over]
         if len(keep) == len(self.clips):
             return
+        busy = Counter(self.clips[index].ticket.group for index in keep if index < self._most)
+        keep.sort(key=lambda index: busy[self.clips[index].ticket.group] if index >= self._most else -1)
         chosen = to_device(keep, self._device)
         for values in (*(getattr(self._state, name) for name in MOVED), self._heard):
             values[: len(keep)] = values[chosen]

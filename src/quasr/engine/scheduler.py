@@ -145,6 +145,11 @@ class Scheduler:
         """Clips that are submitted and not admitted."""
         return sum(len(group.waiting) for group in self._groups.values())
 
+    @property
+    def starving(self) -> bool:
+        """Whether some group has clips that wait and none that is admitted."""
+        return any(group.waiting and not group.running for group in self._groups.values())
+
     def submit(self, ticket: Ticket, now: float) -> None:
         """Queues a clip. Raises ResourceError where it cannot ever fit, ValueError for one that is here already."""
         if ticket.positions > self._pool.positions:

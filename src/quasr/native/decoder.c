@@ -108,9 +108,11 @@ typedef struct {
     int32_t token;
 } choice;
 
-/* What lower halves add to one token's logits, over a row's scale: what is to be expected, and the most beside. */
+/* What lower halves add to one token's logits, over a row's scale: what is to be expected, and the most beside. Whether
+   one was found to add half of that: then all of the token's logits are computed in full. */
 typedef struct {
     float expected, most;
+    atomic_int doubted;
 } rest;
 
 /* What the threads of one call share. `own` and `seen` floats belong to each of them. */
@@ -123,7 +125,7 @@ typedef struct {
     rest *rests;
     quantised q;
     choice *choices;
-    atomic_int go, arrived, phase, doubted;
+    atomic_int go, arrived, phase;
     atomic_llong cursor;
 } team;
 
@@ -849,7 +851,7 @@ INLINE choice best_of(const choice *parts, int64_t count) {
    that adds to a logit has a standard deviation of 4.61 times the root of the sum of squares of the activations, where
    it does not depend on them. Logits that are within DOUBT of these of the best are computed in full: by Hoeffding's
    inequality one beyond is the highest in less than 10^-15 of steps. Whether lower halves add no more is looked at for
-   all that are computed; where one adds half of DOUBT, they all are. The others keep the logit that is to be expected,
+   all that are computed; where one adds half of DOUBT, all of that token's are. The others keep the logit that is to be expected,
    which changes the sum of all probabilities a little. */
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
@@ -873,29 +875,39 @@ static float whole_logit(const network *net, int64_t row, const quantised *q, in
     return out;
 }
 
-static rest rest_of(const float *x, int64_t size) {
+static void expect(rest *rest, const float *x, int64_t size) {
     floats squares = {0}, total = {0};
     for (int64_t i = 0; i < size; i += LANES) {
         squares += load(x + i) * load(x + i);
         total += load(x + i);
     }
-    return (rest){7.5f * sum(total), DOUBT * 4.61f * __builtin_sqrtf(sum(squares))};
+    rest->expected = 7.5f * sum(total);
+    rest->most = DOUBT * 4.61f * __builtin_sqrtf(sum(squares));
+    atomic_store(&rest->doubted, 0);
+}
+
+/* The most that is believed of a row's lower halves. A damaged folder's scales may be negative. */
+INLINE float most_of(const team *team, int64_t token, int64_t row) {
+    return __builtin_fabsf(team->net->head.scales[row]) * team->rests[token].most;
+}
+
+/* A row's whole logit, compared with what was guessed. */
+static float right_logit(team *team, const quantised *q, int64_t token, int64_t row, float guessed) {
+    const float right = whole_logit(team->net, row, q, token);
+    if (!(__builtin_fabsf(right - guessed) <= most_of(team, token, row) / 2))
+        atomic_store(&team->rests[token].doubted, 1);
+    return right;
 }
 
 /* Computes the logits of one token that may reach `best`, or are no numbers. */
 static void put_right(team *team, const quantised *q, int64_t token, float best, int64_t first, int64_t last,
                       float *logits) {
-    const float *scales = team->net->head.scales, most = team->rests[token].most;
     for (int64_t row = first; row < last; row += LANES) {
-        const int64_t count = clamp(LANES, last - row);
+        const int64_t end = clamp(row + LANES, last);
         int found = 0;
-        for (int64_t i = row; i < row + count; ++i) found |= !(logits[i] + scales[i] * most < best);
-        for (int64_t i = row; found && i < row + count; ++i) {
-            if (logits[i] + scales[i] * most < best) continue;
-            const float right = whole_logit(team->net, i, q, token);
-            if (!(__builtin_fabsf(right - logits[i]) <= scales[i] * most / 2)) atomic_store(&team->doubted, 1);
-            logits[i] = right;
-        }
+        for (int64_t i = row; i < end; ++i) found |= !(logits[i] + most_of(team, token, i) < best);
+        for (int64_t i = row; found && i < end; ++i)
+            if (!(logits[i] + most_of(team, token, i) < best)) logits[i] = right_logit(team, q, token, i, logits[i]);
     }
 }
 
@@ -922,26 +934,28 @@ static void by_halves(team *team, int64_t thread, const float *x, int64_t tokens
     const quantised q = {team->q.codes, team->q.sums, team->q.scales, tokens};
     float *normed = team->scratch + thread * team->own;
     int64_t first, count;
-    if (thread == 0) atomic_store(&team->doubted, 0);
     while ((count = take(team, tokens, &first)))
         for (int64_t t = first; t < first + count; ++t) {
             rms_norm(normed, x + t * net->hidden, net->norm, net->hidden, net->eps);
             quantise(&q, t, normed, &net->coarse);
-            team->rests[t] = rest_of(normed, net->hidden);
+            expect(team->rests + t, normed, net->hidden);
         }
     meet(team);
     guess(team, &q, logits);
     while ((count = take(team, tokens * each, &first)))
         for (int64_t item = first; item < first + count; ++item) {
             const int64_t t = item / each, begin = item % each * PIECE;
-            const float best = whole_logit(net, best_of(team->choices + t * each, each).token, &q, t);
+            const choice top = best_of(team->choices + t * each, each);
+            const float best = right_logit(team, &q, t, top.token, top.logit);
             put_right(team, &q, t, best, begin, clamp(begin + PIECE, vocab), logits + t * vocab);
         }
     meet(team);
-    if (!atomic_load(&team->doubted)) return;
-    while ((count = take(team, tokens * vocab, &first)))
-        for (int64_t item = first; item < first + count; ++item)
-            logits[item] = whole_logit(net, item % vocab, &q, item / vocab);
+    while ((count = take(team, tokens * each, &first)))
+        for (int64_t item = first; item < first + count; ++item) {
+            const int64_t t = item / each, begin = item % each * PIECE, end = clamp(begin + PIECE, vocab);
+            for (int64_t row = begin; atomic_load(&team->rests[t].doubted) && row < end; ++row)
+                logits[t * vocab + row] = whole_logit(net, row, &q, t);
+        }
     meet(team);
 }
 
