@@ -122,6 +122,7 @@ class Group:
 
 class Scheduler:
     """Clips of many groups over a cache of `positions` and a batch of `rows`, lowest row first. One thread at a time.
+    Some of the rows may be such that their clips only wait to be decoded: how many is the caller's.
 
     Seconds are the caller's: any clock that does not go back. What was done so far and the times alone decide.
     """

@@ -203,7 +203,7 @@ def _counters(count: int, device: torch.device) -> Tensor:
     return torch.zeros(count, dtype=torch.int32, device=device)
 
 
-def plan(rows: int, heads: Heads, *, wide: bool = True) -> AttentionPlan:
+def plan(rows: int, heads: Heads, *, wide: bool) -> AttentionPlan:
     """Some programs for each of the 132 multiprocessors of an H200, and no more parts than pay.
 
     wide: see `triton_launch.wide_fits`.
