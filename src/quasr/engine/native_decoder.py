@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from quasr.engine.file_map import map_file
 from quasr.engine.onnx_decoder import Choice
 from quasr.errors import CheckpointError, OptionError, QuasrError
 from quasr.export.manifest import AGAIN
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
-    from numpy.typing import ArrayLike, NDArray
+    from numpy.typing import DTypeLike, NDArray
 
     from quasr.engine.onnx_session import Runtime
     from quasr.export.manifest import Manifest
@@ -33,11 +34,15 @@ if TYPE_CHECKING:
 
     Codes = NDArray[np.uint8]
     Floats = NDArray[np.float32]
+    Places = NDArray[np.int32]
 
 DATA = "decoder.onnx.data"
 
 LANES = 16
 """Positions of a block of keys, and what head sizes are multiples of."""
+
+LINE = 64
+"""Bytes of a cache line."""
 
 SPANS = (128, 64, 32)
 """Columns that may share a scale of activations, the fastest first."""
@@ -202,15 +207,6 @@ def _form(manifest: Manifest, name: str, size: tuple[int, int]) -> Form | None:
     return None if span is None or kind < 0 else Form(kind, group, span)
 
 
-def _mapped(path: Path) -> mmap.mmap:
-    """Raises CheckpointError for a file that is missing or empty."""
-    try:
-        with path.open("rb") as file:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be mapped ({error}): {AGAIN}") from error
-
-
 def _check_facts(folder: Path, manifest: Manifest, config: TextConfig) -> None:
     """Raises CheckpointError where config.json, which this decoder goes by, is not that of the folder's graphs."""
     facts = manifest.graph
@@ -226,7 +222,7 @@ class NativeNetwork:
         self.facts, self.threads = manifest.graph, threads
         self.config = read_config(folder).text
         self.stored = np.dtype(np.float16 if compiled.quasr_stored_bytes() == HALF_BYTES else np.float32)
-        self._manifest, self._file = manifest, _mapped(folder / DATA)
+        self._manifest, self._file = manifest, map_file(folder / DATA, whole=True)
         self._data = np.frombuffer(self._file, np.uint8)
         _check_facts(folder, manifest, self.config)
         self._sizes = dict(_sizes(self.config))
@@ -266,7 +262,7 @@ class NativeNetwork:
         if head.kind != SIGNED or head.span != SPANS[0] or head.rows < HALVED_ROWS:
             return None
         size = head.rows * head.columns
-        upper, lower = np.empty((2, size // 2), np.uint8)
+        upper, lower = (aligned(size // 2, np.uint8) for _ in range(2))
         compiled.quasr_halves.argtypes = (c_void_p, c_int64, c_void_p, c_void_p)
         if compiled.quasr_halves(head.codes, size, upper.ctypes.data, lower.ctypes.data):
             return None
@@ -322,31 +318,36 @@ class NativeDecoder:
         self._network, config = network, network.config
         room = -(-capacity // LANES) * LANES
         shape = (2, config.layers, rows, config.kv_heads, room * config.head_dim)
-        self._data: NDArray[Any] = np.empty(shape, network.stored)
+        self._data: NDArray[Any] = aligned(math.prod(shape), network.stored).reshape(shape)
         self._turns = np.stack(_turns(config, room))
         self.logits: Floats = np.empty((0, config.vocab_size), np.float32)
         """Of the last call, (rows, vocab), valid until the next."""
         self._logits: Floats = np.empty((rows, config.vocab_size), np.float32)
         self._totals: Floats = np.empty(rows, np.float32)
         self._likeliest = np.empty(rows, np.int32)
+        self._first_rows = np.arange(rows, dtype=np.int32)
         parts = (*self._data, *self._turns)
         self._cache = Cache(*(part.ctypes.data for part in parts), rows, room)
 
     def prefill(self, row: int, embeddings: Floats) -> Choice:
         """A prompt (tokens, hidden) into row `row` -> the one token after its last position."""
         count = len(embeddings)
-        for start in range(0, max(count, 1), PROMPT_SLICE):
+        self._check(0 <= row < self.rows and 0 < count <= self.capacity)
+        for start in range(0, count, PROMPT_SLICE):
             part = embeddings[start : start + PROMPT_SLICE]
             end = start + len(part)
-            wanted = [len(part) - 1] if end == count else []
-            self._run(part, np.full(len(part), row), np.arange(start, end), wanted, row)
+            wanted = np.arange(len(part) - 1, len(part), dtype=np.int32)[: end == count]
+            places = np.full(len(part), row, np.int32), np.arange(start, end, dtype=np.int32), wanted
+            self._run(part, places, row)
         return self._choice(slice(row, row + 1))
 
     def step(self, embeddings: Floats, positions: Sequence[int]) -> Choice:
         """The next token of the first rows, from this one's (rows, hidden) and the positions filled before it."""
-        rows = np.arange(len(positions))
-        self._run(embeddings, rows, positions, rows, 0)
-        return self._choice(slice(len(positions)))
+        count = len(positions)
+        self._check(0 < count <= self.rows and min(positions) >= 0 and max(positions) < self.capacity)
+        rows = self._first_rows[:count]
+        self._run(embeddings, (rows, np.array(positions, np.int32), rows), 0)
+        return self._choice(slice(count))
 
     def move(self, source: int, target: int, filled: int) -> None:
         """Gives the place of row `target` to row `source`, of which `filled` positions are in use."""
@@ -357,19 +358,26 @@ class NativeDecoder:
         self.logits = self._logits[rows]
         return Choice(self._likeliest[rows], -np.log(self._totals[rows]))
 
-    def _run(self, embeddings: Floats, rows: ArrayLike, positions: ArrayLike, wanted: ArrayLike, first: int) -> None:
-        """What follows the tokens `wanted` goes into rows from `first` on. Raises ValueError for what has no place."""
-        x = np.ascontiguousarray(embeddings, np.float32)
-        places = [np.ascontiguousarray(numbers, np.int32) for numbers in (rows, positions, wanted)]
-        tokens, config = len(places[0]), self._network.config
-        if x.shape != (tokens, config.hidden) or not tokens or len(places[1]) != tokens:
-            raise ValueError(f"{tokens} tokens and embeddings of {x.shape}")
-        limits = (self.rows, self.capacity, tokens)
-        if any(((part < 0) | (part >= limit)).any() for part, limit in zip(places, limits, strict=True)):
+    def _check(self, fits: bool) -> None:
+        if not fits:
             raise ValueError(f"there are {self.rows} rows of {self.capacity} positions")
+
+    def _run(self, embeddings: Floats, places: tuple[Places, Places, Places], first: int) -> None:
+        """Tokens at these rows and positions. What follows those `wanted`, the last, goes into rows from `first` on."""
+        x, (rows, _, wanted) = np.ascontiguousarray(embeddings, np.float32), places
+        if x.shape != (len(rows), self._network.config.hidden):
+            raise ValueError(f"{len(rows)} tokens and embeddings of {x.shape}")
         found = (self._logits[first:], self._totals[first:], self._likeliest[first:])
         addresses = (part.ctypes.data for part in (x, *places, *found))
-        self._network.decode(self._cache, Request(*addresses, tokens, len(places[2])))
+        self._network.decode(self._cache, Request(*addresses, len(rows), len(wanted)))
+
+
+def aligned(count: int, dtype: DTypeLike) -> NDArray[Any]:
+    """Room for so many numbers from the start of a cache line on, which vectors of them then do not straddle."""
+    size = count * np.dtype(dtype).itemsize
+    memory = np.empty(size + LINE, np.uint8)
+    first = -memory.ctypes.data % LINE
+    return memory[first : first + size].view(dtype)
 
 
 def _turns(config: TextConfig, positions: int) -> tuple[Floats, Floats]:

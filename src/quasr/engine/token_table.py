@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from quasr.engine.file_map import map_file
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
@@ -22,11 +24,12 @@ class TokenTable:
         self._group = table.group
         self._zero = np.float32(table.zero_point)
         self._nibbles = table.dtype == "uint4"
-        path, (count, hidden) = folder / table.file, table.shape
+        mapped, (count, hidden) = map_file(folder / table.file, whole=False), table.shape
         shape = (count, hidden // 2) if self._nibbles else table.shape
-        self._rows: NDArray[Any] = np.memmap(path, "uint8" if self._nibbles else table.dtype, "r", table.offset, shape)
+        dtype = np.dtype("uint8" if self._nibbles else table.dtype)
+        self._rows: NDArray[Any] = np.ndarray(shape, dtype, mapped, table.offset)
         self._scale: NDArray[np.float32] | None = (
-            np.memmap(path, np.float32, "r", table.scale_offset, table.scale_shape) if table.group else None
+            np.ndarray(table.scale_shape, np.float32, mapped, table.scale_offset) if table.group else None
         )
 
     def rows(self, tokens: Sequence[int]) -> NDArray[np.float32]:
@@ -38,5 +41,8 @@ class TokenTable:
         rows = codes.astype(np.float32)
         if self._scale is None:
             return rows
-        groups = (rows - self._zero).reshape(*self._scale[index].shape, self._group) * self._scale[index][..., None]
-        return groups.reshape(rows.shape)
+        scale = self._scale[index]
+        groups = rows.reshape(*scale.shape, self._group)
+        groups -= self._zero
+        groups *= scale[..., None]
+        return rows

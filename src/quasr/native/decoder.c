@@ -34,7 +34,8 @@ enum {
     SPINS = 2000,         /* looks at a barrier before a thread gives its core away */
     PIECE = 4096,         /* logits of which a thread finds the likeliest at once */
     DOUBT = 16,           /* standard deviations of what the lower halves of codes add that are still believed */
-    LINE = 64
+    LINE = 64,
+    PLACES = 8 /* of memory from which attention asks for keys and values by turns */
 };
 
 #define INLINE static inline __attribute__((always_inline))
@@ -183,6 +184,15 @@ INLINE float sum(floats v) {
     return parts[0];
 }
 
+/* sum + a b, rounded once where the processor does that. */
+INLINE floats add_product(floats sum, floats a, float b) {
+#if defined(__AVX512F__)
+    return (floats)_mm512_fmadd_ps((__m512)a, _mm512_set1_ps(b), (__m512)sum);
+#else
+    return sum + a * b;
+#endif
+}
+
 /* The nearest whole numbers, for |v| < 2^22: the sum's last bits are they. */
 INLINE ints nearest(floats v) { return (ints)(v + 12582912.0f) - 0x4B400000; }
 
@@ -291,25 +301,27 @@ INLINE void halve(uint8_t *to, const int16_t *from) {
         }
 }
 
-/* One token's numbers as codes of 16 bits for the columns of `m`. NaN goes into the scale. */
-static void quantise(const quantised *q, int64_t token, const float *x, const matrix *m) {
-    for (int64_t g = 0; g < m->columns / m->span; ++g, x += m->span) {
-        int16_t *codes = q->codes + (g * q->tokens + token) * m->span;
-        float top = largest(x, m->span), inverse = top > 1e-30f ? 32767.0f / top : 0.0f;
-        ints total = {0};
-        int16_t in_order[SPAN];
-        for (int64_t i = 0; i < m->span; i += LANES) {
-            ints whole = nearest(load(x + i) * inverse);
-            shorts narrow = __builtin_convertvector(whole, shorts);
-            memcpy(in_order + i, &narrow, sizeof narrow);
-            total += __builtin_convertvector(narrow, ints);
-        }
-        if (in_bytes(q->tokens, m->span, m->kind)) halve((uint8_t *)codes, in_order);
-        else arrange(codes, in_order, m->span, m->kind);
-        q->scales[g * q->tokens + token] = top / 32767.0f;
-        q->sums[g * q->tokens + token] = 0;
-        for (int lane = 0; lane < LANES; ++lane) q->sums[g * q->tokens + token] += total[lane];
+/* The numbers of one token's group `g` as codes of 16 bits for the columns of `m`. NaN goes into the scale. */
+static void quantise_group(const quantised *q, int64_t token, int64_t g, const float *x, const matrix *m) {
+    const int64_t place = g * q->tokens + token;
+    int16_t *codes = q->codes + place * m->span, in_order[SPAN];
+    float top = largest(x, m->span), inverse = top > 1e-30f ? 32767.0f / top : 0.0f;
+    ints total = {0};
+    for (int64_t i = 0; i < m->span; i += LANES) {
+        ints whole = nearest(load(x + i) * inverse);
+        shorts narrow = __builtin_convertvector(whole, shorts);
+        memcpy(in_order + i, &narrow, sizeof narrow);
+        total += __builtin_convertvector(narrow, ints);
     }
+    if (in_bytes(q->tokens, m->span, m->kind)) halve((uint8_t *)codes, in_order);
+    else arrange(codes, in_order, m->span, m->kind);
+    q->scales[place] = top / 32767.0f;
+    q->sums[place] = 0;
+    for (int lane = 0; lane < LANES; ++lane) q->sums[place] += total[lane];
+}
+
+static void quantise(const quantised *q, int64_t token, const float *x, const matrix *m) {
+    for (int64_t g = 0; g < m->columns / m->span; ++g) quantise_group(q, token, g, x + g * m->span, m);
 }
 
 /* --- products ----------------------------------------------------------------------------------------------------- */
@@ -641,9 +653,10 @@ INLINE stored *head_of(const team *team, stored *all_heads, int64_t index, int64
 }
 
 /* Norm and RoPE of one head in place: pairs are half a head apart. */
-static void rotate(const team *team, float *head, const float *weight, int64_t position, float scale) {
+static void rotate(const team *team, float *restrict head, const float *weight, int64_t position, float scale) {
     const int64_t half = team->net->head_dim / 2;
-    const float *cosines = team->kv->cosines + position * half, *sines = team->kv->sines + position * half;
+    const float *restrict cosines = team->kv->cosines + position * half;
+    const float *restrict sines = team->kv->sines + position * half;
     rms_norm(head, head, weight, 2 * half, team->net->eps);
     for (int64_t i = 0; i < half; ++i) {
         float a = head[i] * scale, b = head[i + half] * scale;
@@ -652,40 +665,65 @@ static void rotate(const team *team, float *head, const float *weight, int64_t p
     }
 }
 
-/* Queries made ready in place, keys and values into the cache. */
-static void write_token(const team *team, int64_t index, float *qkv, int64_t row, int64_t position) {
+/* One key head of a token: its queries made ready in place, its key and value into the cache. */
+static void write_head(const team *team, int64_t index, float *qkv, int64_t row, int64_t position, int64_t head) {
     const network *net = team->net;
     const layer *layer = net->layer + index;
-    const int64_t dim = net->head_dim;
-    float *k = qkv + net->heads * dim, *v = k + net->kv_heads * dim;
-    for (int64_t head = 0; head < net->heads; ++head)
-        rotate(team, qkv + head * dim, layer->q_norm, position, 1.0f / __builtin_sqrtf((float)dim));
-    for (int64_t head = 0; head < net->kv_heads; ++head, k += dim, v += dim) {
-        stored *keys = head_of(team, team->kv->keys, index, row, head) + position / LANES * dim * LANES;
-        stored *values = head_of(team, team->kv->values, index, row, head) + position * dim, some[LANES];
-        rotate(team, k, layer->k_norm, position, 1.0f);
-        for (int64_t i = 0; i < dim; i += LANES) {
-            store_stored(values + i, load(v + i));
-            store_stored(some, load(k + i));
-            for (int lane = 0; lane < LANES; ++lane) keys[(i + lane) * LANES + position % LANES] = some[lane];
-        }
+    const int64_t dim = net->head_dim, group = net->heads / net->kv_heads;
+    float *k = qkv + (net->heads + head) * dim, *v = k + net->kv_heads * dim;
+    stored *keys = head_of(team, team->kv->keys, index, row, head) + position / LANES * dim * LANES;
+    stored *values = head_of(team, team->kv->values, index, row, head) + position * dim, some[LANES];
+    for (int64_t n = head * group; n < (head + 1) * group; ++n)
+        rotate(team, qkv + n * dim, layer->q_norm, position, 1.0f / __builtin_sqrtf((float)dim));
+    rotate(team, k, layer->k_norm, position, 1.0f);
+    for (int64_t i = 0; i < dim; i += LANES) {
+        store_stored(values + i, load(v + i));
+        store_stored(some, load(k + i));
+        for (int lane = 0; lane < LANES; ++lane) keys[(i + lane) * LANES + position % LANES] = some[lane];
     }
 }
 
-/* scores[query, position] = e^(q k - the largest), for two queries; returns the sums of both. Asks for the next keys,
-   and for the values, which are wanted next: two places are read faster than one. */
+/* The tokens from `begin` on. */
+static void write_heads(team *team, int64_t index, int64_t begin, int64_t tokens) {
+    const int64_t heads = team->net->kv_heads, width = team->net->layer[index].qkv.rows;
+    int64_t first, count;
+    while ((count = take(team, tokens * heads, &first)))
+        for (int64_t item = first; item < first + count; ++item)
+            write_head(team, index, team->wide + item / heads * width, team->asked->rows[begin + item / heads],
+                       team->asked->positions[begin + item / heads], item % heads);
+    meet(team);
+}
+
+/* What is wanted next is asked for meanwhile, in eight places by turns: memory is read faster from several than from
+   one. `each` bytes of a place, of which `asked` have been. */
+typedef struct {
+    const char *from;
+    int64_t each, asked;
+} later;
+
+INLINE later want(const stored *from, int64_t numbers) {
+    return (later){(const char *)from, numbers * (int64_t)sizeof(stored) / PLACES / LINE * LINE, 0};
+}
+
+/* The next line of every place. */
+INLINE void ask(later *next) {
+    for (int place = 0; place < PLACES; ++place) __builtin_prefetch(next->from + place * next->each + next->asked);
+    next->asked += LINE;
+}
+
+/* scores[query, position] = e^(q k - the largest), for two queries; returns the sums of both. */
 static void weigh(float *scores, float total[2], const float *q, int64_t step, const stored *keys,
-                  const stored *values, int64_t seen, int64_t dim, int64_t room) {
+                  later next, int64_t seen, int64_t dim, int64_t room) {
     floats top[2] = {all(-__builtin_inff()), all(-__builtin_inff())};
     for (int64_t first = 0; first < seen; first += LANES, keys += dim * LANES) {
         floats sums_[2][4] = {{{0}}};
-        for (int64_t i = 0; i < dim; i += 4)
+        for (int64_t i = 0; i < dim; i += 4) {
+            if (i % LANES == 0) ask(&next);
             for (int part = 0; part < 4; ++part) {
-                if (part % 2 == 0) __builtin_prefetch(keys + (dim + i + part) * LANES);
-                if (part % 2 == 0) __builtin_prefetch(values + first * dim + (i + part) * LANES);
                 floats key = load_stored(keys + (i + part) * LANES);
-                for (int n = 0; n < 2; ++n) sums_[n][part] += key * q[n * step + i + part];
+                for (int n = 0; n < 2; ++n) sums_[n][part] = add_product(sums_[n][part], key, q[n * step + i + part]);
             }
+        }
         for (int n = 0; n < 2; ++n) {
             floats score = (sums_[n][0] + sums_[n][1]) + (sums_[n][2] + sums_[n][3]);
             for (int64_t lane = seen - first; lane < LANES; ++lane) score[lane] = -__builtin_inff();
@@ -708,35 +746,69 @@ static void weigh(float *scores, float total[2], const float *q, int64_t step, c
 }
 
 /* to[query] = the mean of the values by these weights, `wide` vectors of a head at a time. */
-INLINE void mix(float *to, int64_t step, const float *scores, const float total[2], const stored *values, int64_t seen,
-                int64_t dim, int64_t room, const int wide) {
+INLINE void mix(float *to, int64_t step, const float *scores, const float total[2], const stored *values,
+                later next, int64_t seen, int64_t dim, int64_t room, const int wide) {
     for (int64_t i = 0; i < dim; i += wide * LANES) {
         floats mean[2][4] = {{{0}}};
-        for (int64_t position = 0; position < seen; ++position)
+        for (int64_t position = 0; position < seen; ++position) {
+            if (position % (LANES / wide) == 0) ask(&next);
             for (int part = 0; part < wide; ++part) {
                 floats value = load_stored(values + position * dim + i + part * LANES);
-                for (int n = 0; n < 2; ++n) mean[n][part] += value * scores[n * room + position];
+                for (int n = 0; n < 2; ++n) mean[n][part] = add_product(mean[n][part], value, scores[n * room + position]);
             }
+        }
         for (int n = 0; n < 2; ++n)
             for (int part = 0; part < wide; ++part) store(to + n * step + i + part * LANES, mean[n][part] / total[n]);
     }
 }
 
-/* All query heads of one key head, two at a time; an odd one is done twice. */
-static void attend(team *team, int64_t thread, int64_t index, float *to, const float *qkv, int64_t token,
-                   int64_t kv_head) {
-    const network *net = team->net;
-    const int64_t dim = net->head_dim, group = net->heads / net->kv_heads, row = team->asked->rows[token];
-    const int64_t seen = team->asked->positions[token] + 1, room = team->kv->capacity;
-    const stored *keys = head_of(team, team->kv->keys, index, row, kv_head);
-    const stored *values = head_of(team, team->kv->values, index, row, kv_head);
-    float *scores = team->scratch + thread * team->own, total[2];
-    for (int64_t n = 0; n < group; n += 2) {
-        int64_t head = (kv_head * group + n) * dim, step = n + 1 < group ? dim : 0;
-        weigh(scores, total, qkv + head, step, keys, values, seen, dim, room);
-        if (dim % (4 * LANES) == 0) mix(to + head, step, scores, total, values, seen, dim, room, 4);
-        else mix(to + head, step, scores, total, values, seen, dim, room, 1);
+/* Attention of one layer: of `tokens` tokens from `begin` on, or of those that are wanted, with every key head. */
+typedef struct {
+    const team *team;
+    int64_t index, begin, tokens;
+    const int32_t *wanted;
+} scope;
+
+INLINE int64_t token_of(const scope *of, int64_t item) {
+    return of->wanted ? of->wanted[item % of->tokens] : of->begin + item % of->tokens;
+}
+
+INLINE const stored *cached(const scope *of, stored *all_heads, int64_t item) {
+    return head_of(of->team, all_heads, of->index, of->team->asked->rows[token_of(of, item)], item / of->tokens);
+}
+
+/* All query heads of one key head, two at a time; an odd one is done twice. Asks for the keys of item `next`. */
+static void attend(const scope *of, float *scores, int64_t item, int64_t next) {
+    const network *net = of->team->net;
+    const cache *kv = of->team->kv;
+    const int64_t dim = net->head_dim, group = net->heads / net->kv_heads, first = item / of->tokens * group * dim;
+    const int64_t token = token_of(of, item), seen = of->team->asked->positions[token] + 1, room = kv->capacity;
+    const stored *keys = cached(of, kv->keys, item), *values = cached(of, kv->values, item);
+    const float *q = of->team->wide + (token - of->begin) * (net->heads + 2 * net->kv_heads) * dim + first;
+    float *to = of->team->attended + item % of->tokens * net->heads * dim + first, total[2];
+    for (int64_t n = 0; n < group; n += 2, q += 2 * dim, to += 2 * dim) {
+        const later asked = want(values, seen * dim), after = want(cached(of, kv->keys, next), seen * dim);
+        int64_t step = n + 1 < group ? dim : 0;
+        weigh(scores, total, q, step, keys, asked, seen, dim, room);
+        if (dim % (4 * LANES) == 0) mix(to, step, scores, total, values, after, seen, dim, room, 4);
+        else mix(to, step, scores, total, values, after, seen, dim, room, 1);
     }
+}
+
+static void attend_all(const scope *of, float *scores, int64_t first, int64_t end) {
+    for (int64_t item = first; item < end; ++item) attend(of, scores, item, clamp(item + 1, end - 1));
+}
+
+/* The threads of a step have shares that are known, so that each can ask for what it wants next; a prompt's tokens look
+   back at more and more positions, so its threads take what is left. */
+static void attention(team *team, int64_t thread, const scope *of) {
+    const int64_t items = of->tokens * team->net->kv_heads;
+    float *scores = team->scratch + thread * team->own;
+    int64_t first, count;
+    if (of->tokens <= FEW) attend_all(of, scores, items * thread / team->threads, items * (thread + 1) / team->threads);
+    else
+        while ((count = take(team, items, &first))) attend_all(of, scores, first, first + count);
+    meet(team);
 }
 
 /* --- the network -------------------------------------------------------------------------------------------------- */
@@ -753,31 +825,18 @@ static void normalise(team *team, int64_t thread, const float *weight, const mat
     meet(team);
 }
 
-static void attention(team *team, int64_t thread, int64_t index, int64_t begin, const int32_t *wanted,
-                      int64_t tokens) {
-    const network *net = team->net;
-    const int64_t width = (net->heads + 2 * net->kv_heads) * net->head_dim;
-    int64_t first, count;
-    while ((count = take(team, tokens * net->kv_heads, &first)))
-        for (int64_t item = first; item < first + count; ++item) {
-            int64_t n = item % tokens, t = wanted ? wanted[n] - begin : n;
-            attend(team, thread, index, team->attended + n * net->heads * net->head_dim, team->wide + t * width,
-                   begin + t, item / tokens);
-        }
-    meet(team);
-}
-
 /* SwiGLU: silu(gate) * up over the gate's place, as codes for `down`. */
 static void gate(team *team, const matrix *down, const quantised *q) {
-    int64_t first, count, size = down->columns;
-    while ((count = take(team, q->tokens, &first)))
-        for (int64_t t = first; t < first + count; ++t) {
-            float *x = team->wide + t * 2 * size;
-            for (int64_t i = 0; i < size; i += LANES) {
+    const int64_t size = down->columns, groups = size / down->span;
+    int64_t first, count;
+    while ((count = take(team, q->tokens * groups, &first)))
+        for (int64_t item = first; item < first + count; ++item) {
+            float *x = team->wide + item / groups * 2 * size + item % groups * down->span;
+            for (int64_t i = 0; i < down->span; i += LANES) {
                 floats v = load(x + i);
                 store(x + i, v / (1.0f + exponential(-v)) * load(x + size + i));
             }
-            quantise(q, t, x, down);
+            quantise_group(q, item / groups, item % groups, x, down);
         }
     meet(team);
 }
@@ -980,7 +1039,6 @@ static void block(team *team, int64_t thread, int64_t begin, int64_t tokens, con
     const network *net = team->net;
     const request *asked = team->asked;
     quantised q = {team->q.codes, team->q.sums, team->q.scales, tokens};
-    int64_t first, count;
     if (thread == 0) memcpy(team->x, asked->embeddings + begin * net->hidden, sizeof(float) * tokens * net->hidden);
     meet(team);
     for (int64_t index = 0; index < net->layers; ++index) {
@@ -988,18 +1046,14 @@ static void block(team *team, int64_t thread, int64_t begin, int64_t tokens, con
         const int last = index == net->layers - 1;
         normalise(team, thread, layer->input_norm, &layer->qkv, &q);
         product(team, &layer->qkv, &q, team->wide, 0);
-        while ((count = take(team, tokens, &first)))
-            for (int64_t t = first; t < first + count; ++t)
-                write_token(team, index, team->wide + t * layer->qkv.rows, asked->rows[begin + t],
-                            asked->positions[begin + t]);
-        meet(team);
+        write_heads(team, index, begin, tokens);
         if (last && outputs == 0) return;
         if (last && thread == 0)
             for (int64_t n = 0; n < outputs; ++n)
                 memmove(team->x + n * net->hidden, team->x + (wanted[n] - begin) * net->hidden,
                         sizeof(float) * net->hidden);
         if (last) q.tokens = outputs;
-        attention(team, thread, index, begin, last ? wanted : NULL, q.tokens);
+        attention(team, thread, &(scope){team, index, begin, q.tokens, last ? wanted : NULL});
         after_attention(team, thread, layer, &q);
     }
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
