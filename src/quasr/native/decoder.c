@@ -28,7 +28,7 @@ enum {
 #else
     FEW = 0,              /* without these instructions there is one product */
 #endif
-    AHEAD = 256,          /* bytes that a step asks for before it comes to them, in each of its streams */
+    AHEAD = 512,          /* columns that a step asks for before it comes to them, in each of its streams */
     SCALES_AHEAD = 4,     /* the same in rows, for their scales */
     SPAN = 128,           /* most columns that share a scale of activations */
     SPINS = 2000,         /* looks at a barrier before a thread gives its core away */
@@ -330,10 +330,10 @@ INLINE int64_t clamp(int64_t index, int64_t last) { return index < last ? index 
 
 INLINE int zero_of(enum kind kind) { return kind == BYTES ? 128 : kind == NIBBLES ? 8 : 0; }
 
-INLINE int64_t bytes(const matrix *m, int64_t columns) { return m->kind == NIBBLES ? columns / 2 : columns; }
+INLINE int64_t bytes(enum kind kind, int64_t columns) { return kind == NIBBLES ? columns / 2 : columns; }
 
 INLINE const uint8_t *row_codes(const matrix *m, int64_t row) {
-    return m->codes + clamp(row, m->rows - 1) * bytes(m, m->columns);
+    return m->codes + clamp(row, m->rows - 1) * bytes(m->kind, m->columns);
 }
 
 INLINE float row_scale(const matrix *m, int64_t row, int64_t column) {
@@ -442,7 +442,7 @@ INLINE void ask_scales(const matrix *m, int64_t row, int64_t stride, int64_t lan
    wait for memory. So few codes lie between two sums that the processor reads the next ones while it adds these. */
 INLINE void few_tokens(const matrix *m, int64_t row, int64_t stride, const quantised *q, int64_t token, int count,
                        int64_t span, enum kind kind, floats *out) {
-    const int64_t groups = m->columns / span, size = kind == NIBBLES ? span / 2 : span, share = m->group / span;
+    const int64_t groups = m->columns / span, size = bytes(kind, span), share = m->group / span;
     const float *scales = m->scales + row * (m->columns / m->group);
     const __m512i places = scale_places(m, row, stride);
     const uint8_t *lanes[LANES];
@@ -456,7 +456,7 @@ INLINE void few_tokens(const matrix *m, int64_t row, int64_t stride, const quant
             const uint8_t *codes = lanes[lane] + g * size;
             __m512i total[4];
             for (int t = 0; t < count; ++t) total[t] = _mm512_setzero_si512();
-            for (int64_t byte = 0; byte < size; byte += LINE) __builtin_prefetch(codes + AHEAD + byte);
+            for (int64_t byte = 0; byte < size; byte += LINE) __builtin_prefetch(codes + bytes(kind, AHEAD) + byte);
             if (in_bytes(count, span, kind)) { /* as for all tokens of a step */
                 __m512i both = _mm512_loadu_si512(codes), mask = _mm512_set1_epi8(15);
                 __m512i even = _mm512_and_si512(both, mask), odd = _mm512_and_si512(_mm512_srli_epi16(both, 4), mask);
@@ -500,7 +500,7 @@ INLINE void pack(__m512i *packed, const matrix *m, int64_t row, int64_t first, i
         for (int part = 0; part < PARTS; ++part) {
             __m512i wide[LANES];
             for (int lane = 0; lane < LANES; ++lane)
-                wide[lane] = widen(row_codes(m, row + part * LANES + lane) + bytes(m, first), i, span, kind);
+                wide[lane] = widen(row_codes(m, row + part * LANES + lane) + bytes(kind, first), i, span, kind);
             turn(packed + PARTS * LANES * i + part, PARTS, wide);
         }
 }
@@ -567,7 +567,7 @@ static void plain(const matrix *m, int64_t row, int64_t count, const quantised *
     for (int64_t r = 0; r < count; ++r)
         for (int64_t g = 0; g < groups; ++g) {
             float scale = row_scale(m, row + r, g * m->span);
-            widen(wide, row_codes(m, row + r) + g * bytes(m, m->span), m);
+            widen(wide, row_codes(m, row + r) + g * bytes(m->kind, m->span), m);
             for (int64_t t = 0; t < tokens; ++t) {
                 const int16_t *x = q->codes + (g * q->tokens + t) * m->span;
                 int32_t total = -zero_of(m->kind) * q->sums[g * q->tokens + t];
@@ -588,8 +588,10 @@ static void put(float *to, const float *from, int64_t count, int add) {
 
 /* Asks for what sixteen streams read first; behind that `few_tokens` does. */
 static void ask_ahead(const matrix *m, int64_t row, int64_t stride) {
-    for (int lane = 0; lane < LANES; ++lane)
-        for (int64_t byte = 0; byte < AHEAD; byte += LINE) __builtin_prefetch(row_codes(m, row + lane * stride) + byte);
+    for (int lane = 0; lane < LANES; ++lane) {
+        const uint8_t *codes = row_codes(m, row + lane * stride);
+        for (int64_t byte = 0; byte < bytes(m->kind, AHEAD); byte += LINE) __builtin_prefetch(codes + byte);
+    }
 }
 
 /* Some rows times the tokens of a step. Sixteen streams, each of neighbouring rows: memory is read half as fast again
@@ -683,7 +685,7 @@ static void write_head(const team *team, int64_t index, float *qkv, int64_t row,
     }
 }
 
-/* The tokens from `begin` on. */
+/* The same of all heads, for the tokens from `begin` on. */
 static void write_heads(team *team, int64_t index, int64_t begin, int64_t tokens) {
     const int64_t heads = team->net->kv_heads, width = team->net->layer[index].qkv.rows;
     int64_t first, count;
@@ -754,7 +756,8 @@ INLINE void mix(float *to, int64_t step, const float *scores, const float total[
             if (position % (LANES / wide) == 0) ask(&next);
             for (int part = 0; part < wide; ++part) {
                 floats value = load_stored(values + position * dim + i + part * LANES);
-                for (int n = 0; n < 2; ++n) mean[n][part] = add_product(mean[n][part], value, scores[n * room + position]);
+                for (int n = 0; n < 2; ++n)
+                    mean[n][part] = add_product(mean[n][part], value, scores[n * room + position]);
             }
         }
         for (int n = 0; n < 2; ++n)
@@ -910,8 +913,8 @@ INLINE choice best_of(const choice *parts, int64_t count) {
    that adds to a logit has a standard deviation of 4.61 times the root of the sum of squares of the activations, where
    it does not depend on them. Logits that are within DOUBT of these of the best are computed in full: by Hoeffding's
    inequality one beyond is the highest in less than 10^-15 of steps. Whether lower halves add no more is looked at for
-   all that are computed; where one adds half of DOUBT, all of that token's are. The others keep the logit that is to be expected,
-   which changes the sum of all probabilities a little. */
+   all that are computed; where one adds half of DOUBT, all of that token's are. The others keep the logit that is to be
+   expected, which changes the sum of all probabilities a little. */
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
 
