@@ -101,9 +101,12 @@ def test_prompts_and_steps_are_the_formula_s(compiled: ctypes.CDLL, sizes: Sizes
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", ["-mno-avx512vnni", "-mno-avx512f", "-mno-f16c -mno-avx"])
-def test_other_instructions_give_the_same(compiled: ctypes.CDLL, flags: str, tmp_path: Path) -> None:
-    """Without VNNI, without AVX-512, with neither vectors of 8 nor halves."""
+@pytest.mark.parametrize(
+    "flags",
+    ["-mno-avx512vnni", "-mno-avx512f", "-mno-f16c -mno-avx", "-DNEAR_CACHE=32768", "-DNEAR_CACHE=49152"],
+)
+def test_other_processors_give_the_same(compiled: ctypes.CDLL, flags: str, tmp_path: Path) -> None:
+    """Without VNNI, without AVX-512, with neither vectors of 8 nor halves; with a small near cache and a large one."""
     compiler = library.find_compiler() or []
     target = tmp_path / "other.so"
     command = [*compiler, *library.FLAGS, *flags.split(), "-o", str(target), str(library.SOURCE)]

@@ -70,6 +70,35 @@ def test_it_is_compiled_once_and_again_when_something_has_changed(
     assert sorted(path.suffix for path in cache_folder(library.CACHE).iterdir()) == [".so"] * 3
 
 
+def caches(folder: Path, *told: tuple[str, str, str]) -> Path:
+    """As Linux tells of them, each in a folder of its own: level, type, size."""
+    for index, texts in enumerate(told):
+        (folder / f"index{index}").mkdir(parents=True)
+        for name, text in zip(("level", "type", "size"), texts, strict=True):
+            (folder / f"index{index}" / name).write_text(f"{text}\n")
+    return folder
+
+
+def test_the_nearest_data_cache_is_found(tmp_path: Path) -> None:
+    told = ("1", "Instruction", "64K"), ("2", "Unified", "1024K"), ("1", "Data", "48K")
+    assert library.near_cache(caches(tmp_path / "some", *told)) == 48
+    assert library.near_cache(caches(tmp_path / "shared", ("1", "Unified", "32K"))) == 32
+    assert library.near_cache(caches(tmp_path / "far", ("2", "Unified", "1024K"))) is None
+    assert library.near_cache(caches(tmp_path / "odd", ("1", "Data", "much"))) is None
+    assert library.near_cache(tmp_path / "none") is None
+
+
+@pytest.mark.parametrize(("kilobytes", "known"), [(32, 32 << 10), (48, 48 << 10), (None, 7)])
+def test_the_source_is_told_of_the_nearest_cache(
+    kilobytes: int | None, known: int, compiler: Path, small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small.write_text(
+        "#ifndef NEAR_CACHE\n#define NEAR_CACHE 7\n#endif\nint quasr_stored_bytes(void) { return NEAR_CACHE; }\n"
+    )
+    monkeypatch.setattr(library, "near_cache", lambda: kilobytes)
+    assert library.load().quasr_stored_bytes() == known
+
+
 def _load_in_child(_: int) -> int:
     library._open.cache_clear()
     return int(library.load().quasr_stored_bytes())

@@ -36,6 +36,8 @@ NO_COMPILER = "there is no C compiler: install gcc or clang, or pip install zigl
 
 FEATURES = Path("/proc/cpuinfo")
 
+CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+
 PATIENCE = 300
 """Seconds that a compiler may take: it takes some five."""
 
@@ -80,6 +82,24 @@ def processor(features: Path = FEATURES) -> str:
     return "\n".join(line for line in lines if line.startswith(kept)) or platform.machine()
 
 
+def near_cache(caches: Path = CACHES) -> int | None:
+    """Kilobytes of the nearest data cache of the first core, where the system tells: `caches` is Linux's."""
+    try:
+        for folder in sorted(caches.glob("index*")):
+            level, kind, size = ((folder / name).read_text().strip() for name in ("level", "type", "size"))
+            if level == "1" and kind != "Instruction":
+                return int(size.removesuffix("K"))
+    except (OSError, ValueError):
+        return None
+    return None
+
+
+def _flags() -> tuple[str, ...]:
+    """With which the source is compiled on this machine."""
+    kilobytes = near_cache()
+    return FLAGS if kilobytes is None else (*FLAGS, f"-DNEAR_CACHE={kilobytes << 10}")
+
+
 def load() -> ctypes.CDLL:
     """The library, compiled on first use; found again by source, compiler, flags and processor.
 
@@ -95,13 +115,14 @@ def load() -> ctypes.CDLL:
 @cache
 def _open(compiler: tuple[str, ...], folder: Path) -> ctypes.CDLL:
     """A library, once loaded, stays so for the whole process."""
-    parts = (SOURCE.read_text(encoding="utf-8"), *compiler, _run((*compiler, "--version")), *FLAGS, processor())
+    flags = _flags()
+    parts = (SOURCE.read_text(encoding="utf-8"), *compiler, _run((*compiler, "--version")), *flags, processor())
     path = folder / f"{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:24]}.so"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         _check_owner(folder)
         if not path.is_file():
-            _build(compiler, path)
+            _build((*compiler, *flags), path)
         _check_owner(path)
     except OSError as error:
         raise ResourceError(f"{folder} cannot be written ({error.strerror}): set XDG_CACHE_HOME") from error
@@ -111,12 +132,12 @@ def _open(compiler: tuple[str, ...], folder: Path) -> ctypes.CDLL:
         raise ResourceError(f"{path} cannot be loaded ({_line(str(error))}): delete it") from error
 
 
-def _build(compiler: tuple[str, ...], path: Path) -> None:
-    """Compiles beside `path` and renames, so that another process sees all of it or nothing."""
+def _build(command: tuple[str, ...], path: Path) -> None:
+    """Compiles with `command` beside `path` and renames, so that another process sees all of it or nothing."""
     _log.warning("the decoder is compiled for this processor, once, into %s: some 10 s", path.parent)
     with tempfile.TemporaryDirectory(dir=path.parent) as fresh:
         target = Path(fresh) / path.name
-        _run((*compiler, *FLAGS, "-o", str(target), str(SOURCE)))
+        _run((*command, "-o", str(target), str(SOURCE)))
         target.chmod(0o700)
         # On the disk before it has its name: half a library, after a power cut, would crash whoever loads it.
         with target.open("rb+") as written:
