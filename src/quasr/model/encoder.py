@@ -32,11 +32,14 @@ MAX_TIMESCALE = 1e4
 
 
 def sinusoids(length: int, channels: int, device: torch.device | None = None) -> Tensor:
-    """(length, channels) positions, sine half then cosine half; timescales 1 to 1e4 (Vaswani et al. 2017, 3.5)."""
+    """(length, channels) positions, sine half then cosine half; timescales 1 to 1e4 (Vaswani et al. 2017, 3.5).
+
+    In fp32, rounded from fp64: the last bits of fp32's own functions are not the same on every processor.
+    """
     half = channels // 2
-    rate = torch.exp(-math.log(MAX_TIMESCALE) / (half - 1) * torch.arange(half, device=device).float())
-    angle = torch.arange(length, device=device).float()[:, None] * rate
-    return torch.cat([angle.sin(), angle.cos()], dim=1)
+    rate = torch.exp(-math.log(MAX_TIMESCALE) / (half - 1) * torch.arange(half, device=device).double())
+    angle = torch.arange(length, device=device).double()[:, None] * rate
+    return torch.cat([angle.sin(), angle.cos()], dim=1).float()
 
 
 def layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
