@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from threading import Event
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from quasr.engine.base import ClipRequest, Ticket
 from quasr.engine.device import Placement
 from quasr.engine.onnx_decoder import OnnxNetwork
 from quasr.engine.onnx_engine import OnnxEngine
-from quasr.engine.onnx_session import choose_runtime
+from quasr.engine.onnx_session import Runtime
 from quasr.engine.torch_engine import TorchEngine
 from quasr.errors import CheckpointError, ModelError, ResourceError
 from quasr.export.folder import ExportOptions, export_folder
@@ -29,10 +30,15 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from numpy.typing import NDArray
+
     from quasr.engine.base import ClipResult
 
 torch.set_num_threads(1)
-ONE = choose_runtime("cpu", 1)
+ONE = Runtime("cpu", 1, ("one thread",))
+AHEAD = replace(ONE, ahead=True)
+WAIT = 20.0
+"""Seconds after which a thread that should have come is taken for missing."""
 CPU = Placement(torch.device("cpu"), torch.float32)
 
 
@@ -92,8 +98,9 @@ def test_prompts_in_slices_give_the_same(graphs: Path, free: list[ClipResult], m
     assert all(map(same, OnnxEngine(graphs, (), ONE).run(REQUESTS), free))
 
 
-def test_clips_join_and_leave_while_others_run(graphs: Path, free: list[ClipResult]) -> None:
-    engine, found = OnnxEngine(graphs, (), ONE), {}
+@pytest.mark.parametrize("runtime", [ONE, AHEAD], ids=["in turn", "ahead"])
+def test_clips_join_and_leave_while_others_run(graphs: Path, free: list[ClipResult], runtime: Runtime) -> None:
+    engine, found = OnnxEngine(graphs, (), runtime), {}
     later = list(enumerate(REQUESTS))
     tickets = {engine.submit(clip, f"file {index % 3}"): index for index, clip in (later.pop(), later.pop(0))}
     while len(found) < len(REQUESTS):
@@ -113,8 +120,9 @@ def test_what_others_submitted_is_not_lost_in_a_run(graphs: Path, free: list[Cli
     assert (ticket, same(result, free[4])) == (mine, True)
 
 
-def test_cancelled_clips_leave_the_others_alone(graphs: Path, free: list[ClipResult]) -> None:
-    engine = OnnxEngine(graphs, (), ONE)
+@pytest.mark.parametrize("runtime", [ONE, AHEAD], ids=["in turn", "ahead"])
+def test_cancelled_clips_leave_the_others_alone(graphs: Path, free: list[ClipResult], runtime: Runtime) -> None:
+    engine = OnnxEngine(graphs, (), runtime)
     tickets = [engine.submit(clip, index % 2) for index, clip in enumerate(REQUESTS[:6])]
     early = [one for _ in range(4) for one in engine.step()]
     engine.cancel(1)
@@ -126,6 +134,71 @@ def test_cancelled_clips_leave_the_others_alone(graphs: Path, free: list[ClipRes
     assert {ticket for ticket, _ in late} == {tickets[2], tickets[4]} - {ticket for ticket, _ in early}
     assert all(same(result, free[tickets.index(ticket)]) for ticket, result in late)
     assert engine.step() == []
+
+
+def watched(engine: OnnxEngine, at: dict[int, Any]) -> list[int]:
+    """The lengths of clips as their encoding begins; `at` says what happens then, by the length."""
+    encode, seen = engine._encoding._encode, []
+    assert encode is not None
+
+    def look(samples: NDArray[np.float32]) -> NDArray[np.float32]:
+        seen.append(len(samples))
+        at.get(len(samples), lambda: None)()
+        return encode(samples)
+
+    engine._encoding._encode = look
+    return seen
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+def test_the_next_clip_is_encoded_while_others_are_decoded(
+    graphs: Path, free: list[ClipResult], monkeypatch: pytest.MonkeyPatch, ahead: bool
+) -> None:
+    """Each clip's prompt waits for the encoder to begin on the next one, which without `ahead` it never does."""
+    begun = {len(clip.samples): Event() for clip in REQUESTS}
+    engine, prefill, met = OnnxEngine(graphs, (), AHEAD if ahead else ONE), onnx_decoder.DecoderGraph.prefill, []
+    seen = watched(engine, {length: event.set for length, event in begun.items()})
+    following = iter([*list(begun.values())[1:], None])
+
+    def wait(*arguments: Any) -> Any:
+        if (event := next(following)) is not None:
+            met.append(event.wait(WAIT) if ahead else event.is_set())
+        return prefill(*arguments)
+
+    monkeypatch.setattr(onnx_decoder.DecoderGraph, "prefill", wait)
+    assert all(map(same, engine.run(REQUESTS), free))
+    assert met == [ahead] * (len(REQUESTS) - 1)
+    assert seen == list(begun), "each once"
+    engine.close()
+
+
+def test_what_was_encoded_for_nobody_is_forgotten(graphs: Path, free: list[ClipResult]) -> None:
+    engine = OnnxEngine(graphs, (), AHEAD)
+    seen = watched(engine, {})
+    tickets = [engine.submit(clip) for clip in REQUESTS[:2]]
+    assert engine.step() == []
+    engine.cancel(tickets[1])
+    again = engine.submit(REQUESTS[2])
+    found: dict[Ticket, ClipResult] = {}
+    while len(found) < 2:
+        found.update(engine.step())
+    assert same(found[tickets[0]], free[0])
+    assert same(found[again], free[2])
+    assert seen == [len(clip.samples) for clip in REQUESTS[:3]]
+
+
+def test_an_error_of_the_encoder_s_thread_is_the_caller_s(graphs: Path, free: list[ClipResult]) -> None:
+    engine, fails = OnnxEngine(graphs, (), AHEAD), [True]
+
+    def fail() -> None:
+        if fails:
+            raise MemoryError("no room")
+
+    watched(engine, {len(REQUESTS[1].samples): fail})
+    with pytest.raises(ResourceError, match="out of memory on cpu"):
+        engine.run(REQUESTS[:3])
+    fails.clear()
+    assert all(map(same, engine.run(REQUESTS[:3]), free))
 
 
 def test_a_loop_ends_its_row_where_it_is_found(graphs: Path) -> None:
@@ -144,8 +217,7 @@ def test_info_stats_and_close(graphs: Path) -> None:
     assert (info.name, info.device, info.dtype, info.scheme) == ("onnx", "cpu", "fp32", "none")
     assert info.reasons == (
         "a test",
-        "the provider cpu was asked for",
-        "threads were asked for: 1",
+        "one thread",
         "the decoder is ONNX Runtime's: the folder's weights are fp32",
     )
     assert info.weight_bytes == sum(path.stat().st_size for path in graphs.glob("*.data"))

@@ -33,6 +33,18 @@ def test_auto_is_the_cpu_even_where_there_is_more(monkeypatch: pytest.MonkeyPatc
     assert choose_runtime("cuda", 3).device == "cuda"
 
 
+@pytest.mark.parametrize(("threads", "ahead"), [(None, False), (4, True), (5, False), (8, False)])
+def test_the_next_clip_is_encoded_ahead_where_there_are_as_many_cores_again(
+    monkeypatch: pytest.MonkeyPatch, threads: int | None, ahead: bool
+) -> None:
+    only(monkeypatch, "CUDAExecutionProvider", "CPUExecutionProvider")
+    monkeypatch.setattr(onnx_session, "physical_cores", lambda: 8)
+    found = choose_runtime("cpu", threads)
+    assert found.ahead is ahead
+    assert ("the next clip is encoded beside the decoding: there are 8 cores" in found.reasons) is ahead
+    assert not choose_runtime("cuda", threads).ahead
+
+
 @pytest.mark.parametrize(
     ("provider", "package"), [("cuda", "pip install onnxruntime-gpu"), ("tensorrt", "onnxruntime-gpu tensorrt")]
 )

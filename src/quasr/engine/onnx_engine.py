@@ -26,6 +26,7 @@ from quasr.engine.base import (
     nan_error,
     run_group,
 )
+from quasr.engine.encoding import Encoding
 from quasr.engine.native_decoder import open_native
 from quasr.engine.onnx_audio import AudioGraphs, token_count
 from quasr.engine.onnx_decoder import Choice, OnnxNetwork
@@ -94,7 +95,8 @@ class OnnxEngine(Reporting):
         self._network: Network | None = network or _onnx_network(folder, manifest, runtime)
         stem, encoder = (open_session(folder / f"{name}.onnx", runtime) for name in ("stem", "encoder"))
         self._facts = manifest.graph
-        self._audio: AudioGraphs | None = AudioGraphs(stem, encoder, manifest.graph)
+        audio = AudioGraphs(stem, encoder, manifest.graph)
+        self._encoding = Encoding(audio.encode, ahead=runtime.ahead)
         self._graph: Decoder | None = None
         self._table = TokenTable(folder, manifest.embedding)
         self._stop_ids = frozenset(stop_ids)
@@ -107,7 +109,7 @@ class OnnxEngine(Reporting):
 
     def submit(self, request: ClipRequest, group: Hashable = 0) -> Ticket:
         """Queues a clip. Raises ResourceError for one that is longer than the folder's graphs."""
-        if self._audio is None:
+        if self._network is None:
             raise RuntimeError("the engine is closed")
         prompt = self._prompt_length(request)
         if prompt >= self._facts.positions:
@@ -130,6 +132,7 @@ class OnnxEngine(Reporting):
         except BaseException as error:
             requests = [*(one.request for one in self._running), *self._waiting.values()]
             self._waiting, self._running, self._ready, self._graph = {}, [], [], None
+            self._encoding.drop()
             if isinstance(error, Exception) and out_of_memory(error):
                 raise memory_error(self._info.device, requests) from error
             raise
@@ -139,20 +142,22 @@ class OnnxEngine(Reporting):
     def cancel(self, what: Hashable) -> None:
         """Forgets one clip, by its ticket, or all clips of a group."""
         self._waiting = {ticket: request for ticket, request in self._waiting.items() if not belongs(ticket, what)}
+        self._encoding.forget(what)
         for index in reversed(range(len(self._running))):
             if belongs(self._running[index].ticket, what):
                 self._leave(index)
 
     def run(self, requests: Sequence[ClipRequest]) -> list[ClipResult]:
         """Decodes all clips, greedily; results in the order of `requests`. Raises as `submit` and `step`."""
-        if self._audio is None:
+        if self._network is None:
             raise RuntimeError("the engine is closed")
         results, self._ready = run_group(self, requests)
         return results
 
     def close(self) -> None:
         """Gives the memory back. The engine cannot be used afterwards."""
-        self._audio = self._network = self._graph = None
+        self._encoding.close()
+        self._network = self._graph = None
         self._waiting, self._running, self._ready = {}, [], []
 
     def _advance(self) -> None:
@@ -169,15 +174,25 @@ class OnnxEngine(Reporting):
                 self._leave(index)
 
     def _next(self) -> Ticket | None:
-        """The clip to take in now: of the group that runs the fewest, the first that came; None where none has room.
+        """The clip to take in now; None where none has room.
 
         A clip that is too long for the cache waits until nothing runs; others do not pass it.
         """
         if not self._waiting:
             return None
-        held = [one.ticket.group for one in self._running]
-        chosen = min(self._waiting, key=lambda ticket: (held.count(ticket.group), ticket.number))
+        chosen = self._first()
         return chosen if not self._running or self._fits(self._waiting[chosen]) else None
+
+    def _first(self) -> Ticket:
+        """Of those that wait, of the group that runs the fewest, the one that came first."""
+        held = [one.ticket.group for one in self._running]
+        return min(self._waiting, key=lambda ticket: (held.count(ticket.group), ticket.number))
+
+    def _look_ahead(self) -> None:
+        """Has the encoder begin on the clip that comes next, where it may work beside the decoder."""
+        if self._encoding.wants and self._waiting:
+            ticket = self._first()
+            self._encoding.begin(ticket, self._waiting[ticket].samples)
 
     def _fits(self, request: ClipRequest) -> bool:
         graph = self._graph
@@ -185,13 +200,13 @@ class OnnxEngine(Reporting):
 
     def _admit(self, ticket: Ticket, request: ClipRequest) -> None:
         """Encodes a clip and runs its prompt, which gives its first token."""
-        assert self._audio is not None
         with self._clock("encode_seconds"):
             before, after = self._table.rows(request.prefix), self._table.rows(request.suffix)
-            prompt = np.concatenate([before, self._audio.encode(request.samples), after])
+            prompt = np.concatenate([before, self._encoding.take(ticket, request.samples), after])
         row = Row.of(request, len(prompt))
         row.budget = min(row.budget, self._facts.positions - len(prompt))
         self._running.append(Running(ticket, request, row))
+        self._look_ahead()
         with self._clock("prefill_seconds"):
             graph = self._cache(request)
             self._take(graph.prefill(len(self._running) - 1, prompt), [row])
@@ -211,6 +226,7 @@ class OnnxEngine(Reporting):
     def _decode(self) -> None:
         """One more token for all that run."""
         assert self._graph is not None
+        self._look_ahead()
         rows = [one.row for one in self._running]
         with self._clock("generate_seconds"):
             newest = self._table.rows([row.tokens[-1] for row in rows])

@@ -35,11 +35,15 @@ ONLY_ERRORS = 3
 
 @dataclass(frozen=True, slots=True)
 class Runtime:
-    """A provider (cpu, cuda or tensorrt), its threads on the CPU, and a line for each choice that was made."""
+    """A provider (cpu, cuda or tensorrt), its threads on the CPU, and a line for each choice that was made.
+
+    `ahead`: the clip that comes next is encoded beside the decoding of others, on as many threads again.
+    """
 
     provider: str
     threads: int
     reasons: tuple[str, ...] = ()
+    ahead: bool = False
 
     @property
     def device(self) -> str:
@@ -63,7 +67,10 @@ def choose_runtime(provider: str = "auto", threads: int | None = None) -> Runtim
     why = "ONNX Runtime on the CPU" if provider == "auto" else f"the provider {name} was asked for"
     cores = physical_cores()
     many = f"a thread for each physical core: {cores}" if threads is None else f"threads were asked for: {threads}"
-    return Runtime(name, threads or cores, (why, many))
+    if name != "cpu" or threads is None or 2 * threads > cores:
+        return Runtime(name, threads or cores, (why, many))
+    beside = f"the next clip is encoded beside the decoding: there are {cores} cores"
+    return Runtime(name, threads, (why, many, beside), ahead=True)
 
 
 def available_providers() -> list[str]:
