@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
-from threading import Event
+from threading import Event, get_ident
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -136,13 +136,13 @@ def test_cancelled_clips_leave_the_others_alone(graphs: Path, free: list[ClipRes
     assert engine.step() == []
 
 
-def watched(engine: OnnxEngine, at: dict[int, Any]) -> list[int]:
-    """The lengths of clips as their encoding begins; `at` says what happens then, by the length."""
-    encode, seen = engine._encoding._encode, []
+def watched(engine: OnnxEngine, at: dict[int, Any]) -> list[tuple[int, bool]]:
+    """Of clips as their encoding begins: length, and whether beside the caller. `at`: what happens then, by length."""
+    encode, seen, caller = engine._encoding._encode, [], get_ident()
     assert encode is not None
 
     def look(samples: NDArray[np.float32]) -> NDArray[np.float32]:
-        seen.append(len(samples))
+        seen.append((len(samples), get_ident() != caller))
         at.get(len(samples), lambda: None)()
         return encode(samples)
 
@@ -168,7 +168,7 @@ def test_the_next_clip_is_encoded_while_others_are_decoded(
     monkeypatch.setattr(onnx_decoder.DecoderGraph, "prefill", wait)
     assert all(map(same, engine.run(REQUESTS), free))
     assert met == [ahead] * (len(REQUESTS) - 1)
-    assert seen == list(begun), "each once"
+    assert seen == [(length, ahead and index > 0) for index, length in enumerate(begun)], "each once"
     engine.close()
 
 
@@ -178,13 +178,13 @@ def test_what_was_encoded_for_nobody_is_forgotten(graphs: Path, free: list[ClipR
     tickets = [engine.submit(clip) for clip in REQUESTS[:2]]
     assert engine.step() == []
     engine.cancel(tickets[1])
-    again = engine.submit(REQUESTS[2])
+    tickets += [engine.submit(clip) for clip in REQUESTS[2:4]]
     found: dict[Ticket, ClipResult] = {}
-    while len(found) < 2:
+    while len(found) < 3:
         found.update(engine.step())
-    assert same(found[tickets[0]], free[0])
-    assert same(found[again], free[2])
-    assert seen == [len(clip.samples) for clip in REQUESTS[:3]]
+    assert all(same(found[tickets[index]], free[index]) for index in (0, 2, 3))
+    beside = [False, True, False, True]
+    assert seen == [(len(clip.samples), other) for clip, other in zip(REQUESTS[:4], beside, strict=True)]
 
 
 def test_an_error_of_the_encoder_s_thread_is_the_caller_s(graphs: Path, free: list[ClipResult]) -> None:
@@ -199,6 +199,19 @@ def test_an_error_of_the_encoder_s_thread_is_the_caller_s(graphs: Path, free: li
         engine.run(REQUESTS[:3])
     fails.clear()
     assert all(map(same, engine.run(REQUESTS[:3]), free))
+
+
+def test_an_error_elsewhere_ends_what_was_begun(
+    graphs: Path, free: list[ClipResult], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = OnnxEngine(graphs, (), AHEAD)
+    seen = watched(engine, {})
+    with monkeypatch.context() as patch:
+        patch.setattr(onnx_decoder.DecoderGraph, "prefill", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            engine.run(REQUESTS[:2])
+    assert all(map(same, engine.run(REQUESTS[2:5]), free[2:5]))
+    assert [beside for _, beside in seen[-3:]] == [False, True, True]
 
 
 def test_a_loop_ends_its_row_where_it_is_found(graphs: Path) -> None:
