@@ -208,8 +208,10 @@ def test_an_error_elsewhere_ends_what_was_begun(
     seen = watched(engine, {})
     with monkeypatch.context() as patch:
         patch.setattr(onnx_decoder.DecoderGraph, "prefill", lambda *_: 1 / 0)
+        for clip in REQUESTS[:2]:
+            engine.submit(clip)
         with pytest.raises(ZeroDivisionError):
-            engine.run(REQUESTS[:2])
+            engine.step()
     assert all(map(same, engine.run(REQUESTS[2:5]), free[2:5]))
     assert [beside for _, beside in seen[-3:]] == [False, True, True]
 
